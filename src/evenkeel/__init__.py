@@ -1,0 +1,1 @@
+"""Batch normalization for CNNs, on an even keel."""

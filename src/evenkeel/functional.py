@@ -1,0 +1,275 @@
+"""Normalization as a function of tensors.
+
+`normalize` takes any pattern; `batch_norm` is its everyday form, with torch's arguments and the
+activation and residual add that may follow. Forward, backward, running statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import ConfigError, PatternError, ShapeError
+from .kernels.contract import Activation
+from .kernels.reference import activate
+from .ops import norm
+from .pattern import DEFAULT, Bound, NormSpec, parse
+
+__all__ = ["batch_norm", "normalize"]
+
+_SPATIAL = parse("n c ... -> c")
+_SLOPES = {"none": 0.0, "relu": 0.0, "leaky_relu": 0.01, "relu6": 0.0, "silu": 0.0}
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    training: bool,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    activation: str | tuple[str, float] | None = None,
+    residual: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Spatial batch normalization, one mean and variance per channel.
+
+    ::
+
+        y[n,c,...] = act((x - mean[c]) / sqrt(var[c] + eps) * weight[c] + bias[c] + residual)
+
+    Args:
+        x: (n, c, ...), any floating dtype, any strides; 2 dimensions or more.
+        weight, bias: (c,) gamma and beta, or None for 1 and 0.
+        running_mean, running_var: (c,), updated in place in training::
+
+                running = (1 - momentum) * running + momentum * batch
+
+            where the batch's variance is the unbiased one, m / (m - 1) times the biased variance
+            that normalizes, m being n times the number of places. In inference they are used.
+        training: True to take the statistics from x.
+        momentum: weight of the NEW value (torch's momentum, cuDNN's exponentialAverageFactor).
+        eps: added to the variance inside the square root.
+        activation: None, 'relu', 'leaky_relu' (or ('leaky_relu', slope)), 'relu6' or 'silu'.
+        residual: a tensor like x, added before the activation.
+        backend: 'auto', or a name from `evenkeel.kernels.select.backends`.
+
+    Returns:
+        y, like x. Its backward returns the gradients of x, weight, bias and residual and changes
+        nothing: weight and bias move when an optimizer moves them.
+
+    Raises:
+        ShapeError: a shape does not fit, or training would take a variance of one value.
+        BackendError: the named backend cannot run the call.
+
+    Reference: Ioffe & Szegedy 2015, algorithms 1 and 2, section 3.2 for the axes.
+    """
+    return normalize(
+        x,
+        _SPATIAL,
+        weight=weight,
+        bias=bias,
+        running_mean=running_mean,
+        running_var=running_var,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        activation=activation,
+        residual=residual,
+        backend=backend,
+    )
+
+
+def normalize(
+    x: Tensor,
+    pattern: str | NormSpec,
+    *,
+    affine: str | None = DEFAULT,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = True,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    activation: str | tuple[str, float] | None = None,
+    residual: Tensor | None = None,
+    backend: str = "auto",
+    sizes: Mapping[str, int] | None = None,
+) -> Tensor:
+    """Normalizes over every axis that does not own a statistic.
+
+    ::
+
+        y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)
+
+    Args:
+        x: the tensor that the left side of the pattern describes, batch axis first.
+        pattern: such as ``'n c h w -> c h w'``, or a parsed `NormSpec`.
+        affine: the axes of weight and bias when they are not the owners without the batch axis.
+            Only for a pattern given as text.
+        weight, bias: of the affine axes' shape, or None.
+        running_mean, running_var: of the owners' shape; for batch norms only (the batch axis is
+            averaged). See `batch_norm` for the update rule; the variance kept is the unbiased one.
+        training: for a batch norm, False to use the running statistics. A norm that owns the batch
+            axis always uses the statistics of x.
+        momentum, eps, activation, residual, backend: as in `batch_norm`.
+        sizes: axis sizes to insist on; needed to split a dimension, as in ``{'g': 8}``.
+
+    Returns:
+        y, like x.
+
+    Raises:
+        PatternError: the pattern is no normalization, or owns the batch axis and was given running
+            statistics.
+        ShapeError: a shape does not fit, or a variance would be taken of one value.
+    """
+    spec = _parsed(pattern, affine) if isinstance(pattern, str) else pattern
+    act = _activation(activation)
+    if not x.is_floating_point():
+        raise ShapeError(f"a norm needs a floating tensor but got {x.dtype}; use x.float()")
+    bound = _bound(spec, x, sizes or {})
+    _check_shapes(spec, bound, x, weight, bias, running_mean, running_var, residual)
+    from_batch = training or not spec.averages_batch
+    if from_batch:
+        _check_count(spec, bound, x)
+        groups = _torch_groups(spec, bound)
+        if groups is not None and backend == "auto":
+            y = F.group_norm(x, groups, weight, bias, eps)
+            return _after(y, act, residual)
+    elif running_mean is None or running_var is None:
+        raise ShapeError(
+            f"'{spec}' in inference needs running_mean and running_var; pass training=True to use "
+            "the statistics of the batch"
+        )
+    given = (None, None) if from_batch else (running_mean, running_var)
+    parts = x.reshape(bound.shape)
+    if spec.affine_is_owners or (weight is None and bias is None):
+        added = None if residual is None else residual.reshape(bound.shape)
+        y, mean, var = norm(
+            parts, weight, bias, added, *given, bound.kept, eps, act.name, act.slope, backend
+        )
+        y = y.reshape(x.shape)
+    else:
+        wide = parts.to(torch.promote_types(x.dtype, torch.float32))
+        y, mean, var = norm(wide, None, None, None, *given, bound.kept, eps, "none", 0.0, backend)
+        y = _scale_and_shift(y, bound, weight, bias).reshape(x.shape)
+        y = _after(y, act, residual).to(x.dtype)
+    if from_batch and x.numel() > 0:
+        with torch.no_grad():
+            if running_mean is not None:
+                _remember(running_mean, mean, momentum)
+            if running_var is not None:
+                _remember(running_var, var * (bound.count / (bound.count - 1)), momentum)
+    return y
+
+
+def _remember(running: Tensor, new: Tensor, momentum: float | Tensor) -> None:
+    """running = (1 - momentum) * running + momentum * new, in the precision of ``new``."""
+    old = running.to(new.dtype)
+    running.copy_(old * (1 - momentum) + new.reshape(running.shape) * momentum)
+
+
+def _scale_and_shift(y: Tensor, bound: Bound, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Gamma and beta over axes that are not those of the statistics."""
+    shape = [s if d in bound.affine else 1 for d, s in enumerate(bound.shape)]
+    if weight is not None:
+        y = y * weight.reshape(shape)
+    if bias is not None:
+        y = y + bias.reshape(shape)
+    return y
+
+
+def _after(y: Tensor, act: Activation, residual: Tensor | None) -> Tensor:
+    return activate(y if residual is None else y + residual, act)
+
+
+def _torch_groups(spec: NormSpec, bound: Bound) -> int | None:
+    """The number of groups if torch's own group norm is this norm, else None.
+
+    Layer norm is one group and instance norm one group per channel; kernels for the norms that own
+    the batch axis are torch's business, not ours.
+    """
+    channel = spec.axes[1:2]
+    owners = tuple(name for group in spec.owners for name in group)
+    if spec.affine not in (None, channel) or channel == (("...",),) or len(spec.batch) != 1:
+        return None
+    sizes = dict(zip(bound.names, bound.shape, strict=True))
+    candidates: list[tuple[str, ...]] = [(), *(channel[0][:end] for end in (1, 2) if channel)]
+    for extra in candidates:
+        if owners == spec.batch + extra and extra == channel[0][: len(extra)]:
+            groups = 1
+            for name in extra:
+                groups *= sizes[name]
+            return groups
+    return None
+
+
+def _activation(activation: str | tuple[str, float] | None) -> Activation:
+    name, slope = activation if isinstance(activation, tuple) else (activation or "none", None)
+    if name not in _SLOPES:
+        raise ConfigError(f"unknown activation '{name}'; choose one of {', '.join(_SLOPES)}")
+    return Activation(name, _SLOPES[name] if slope is None else slope)
+
+
+def _parsed(pattern: str, affine: str | None) -> NormSpec:
+    if torch.compiler.is_compiling():
+        return parse.__wrapped__(pattern, affine)
+    return parse(pattern, affine)
+
+
+def _bound(spec: NormSpec, x: Tensor, sizes: Mapping[str, int]) -> Bound:
+    if torch.compiler.is_compiling():  # sizes may be symbols, which no cache can hold
+        return spec.bind(tuple(x.shape), sizes)
+    return _bind(spec, tuple(x.shape), tuple(sizes.items()))
+
+
+@lru_cache(maxsize=4096)
+def _bind(spec: NormSpec, shape: tuple[int, ...], sizes: tuple[tuple[str, int], ...]) -> Bound:
+    return spec.bind(shape, dict(sizes))
+
+
+def _check_shapes(
+    spec: NormSpec,
+    bound: Bound,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+) -> None:
+    wanted = {
+        "weight": (weight, bound.affine_shape),
+        "bias": (bias, bound.affine_shape),
+        "running_mean": (running_mean, bound.stat_shape),
+        "running_var": (running_var, bound.stat_shape),
+        "residual": (residual, tuple(x.shape)),
+    }
+    for name, (tensor, shape) in wanted.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ShapeError(
+                f"{name} of '{spec}' must have shape {shape} for an input of {tuple(x.shape)} but "
+                f"has {tuple(tensor.shape)}"
+            )
+    if not spec.averages_batch and (running_mean is not None or running_var is not None):
+        raise PatternError(
+            f"'{spec}' owns the batch axis '{spec.batch[0]}', so every sample has its own "
+            "statistics and none can be remembered; leave running_mean and running_var out"
+        )
+
+
+def _check_count(spec: NormSpec, bound: Bound, x: Tensor) -> None:
+    if bound.count == 1 and x.numel() > 0:
+        raise ShapeError(
+            f"'{spec}' on {tuple(x.shape)} averages over {', '.join(bound.averaged)}: one value "
+            "per owner, whose variance is zero; use a larger batch (drop_last=True for the last "
+            "one), eval mode, or a pattern that averages more axes"
+        )

@@ -1,0 +1,70 @@
+"""Which backend runs a call, and why: a pure function of the call."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from typing import NamedTuple, cast
+
+import torch
+
+from ..errors import BackendError
+from ..view import View
+from .contract import Backend
+
+__all__ = ["Choice", "backends", "choose", "load"]
+
+_PLACES = {"reference": "evenkeel.kernels.reference:Reference"}
+"""Every backend, best first, as module:class. A module is imported when it is first chosen."""
+
+
+class Choice(NamedTuple):
+    """The backend's name and the reason that it was taken."""
+
+    name: str
+    reason: str
+
+
+def backends() -> tuple[str, ...]:
+    """The names that ``backend=`` takes, besides ``'auto'``."""
+    return tuple(_PLACES)
+
+
+@cache
+def load(name: str) -> Backend:
+    """The backend of that name.
+
+    Raises:
+        BackendError: there is none.
+    """
+    if name not in _PLACES:
+        raise BackendError(
+            f"there is no backend '{name}'; choose 'auto' or one of {', '.join(_PLACES)}"
+        )
+    module, _, attribute = _PLACES[name].partition(":")
+    return cast(Backend, getattr(import_module(module), attribute)())
+
+
+def choose(wish: str, view: View, dtype: torch.dtype, device: torch.device) -> Choice:
+    """The first backend that can run the call, or the one that was wished for.
+
+    A wish that cannot be met is an error, never a silent fallback.
+
+    Raises:
+        BackendError: the wish is unknown or cannot run this call.
+    """
+    if wish != "auto":
+        reason = load(wish).refuses(view, dtype, device)
+        if reason is not None:
+            raise BackendError(
+                f"'{wish}' was asked for by name but cannot run this call: {reason}; "
+                "use backend='auto'"
+            )
+        return Choice(wish, "asked for by name")
+    passed: list[str] = []
+    for name in _PLACES:
+        reason = load(name).refuses(view, dtype, device)
+        if reason is None:
+            return Choice(name, "; ".join(passed) or "the first that runs here")
+        passed.append(f"{name}: {reason}")
+    raise AssertionError("the reference backend runs everything")

@@ -1,0 +1,271 @@
+"""The differentiable op ``evenkeel::norm``, registered with torch.library.
+
+One op serves every pattern: it is told which dimensions own a statistic, finds the memory's view
+when it runs, and asks the chosen backend for the verbs. Fake kernels and autograd formulas are
+registered, so torch.compile keeps it in its graph. The backward is an op of its own, whose
+derivative comes from differentiating the reference backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kernels.contract import Activation, Affine, Backend, accumulation_dtype
+from .kernels.select import choose, load
+from .view import View, logical_view, view_of
+
+__all__ = ["norm"]
+
+
+@torch.library.custom_op("evenkeel::norm", mutates_args=())
+def norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    kept: Sequence[int],
+    eps: float,
+    activation: str,
+    slope: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalizes x; returns y and, where ``mean`` is None, the batch's mean and biased variance.
+
+    ``kept`` are the dimensions of x that own a statistic, ascending; weight, bias, mean and var
+    have one value per owner in that order. With ``mean`` and ``var`` given those are used instead,
+    as constants, and the two returned statistics are empty.
+    """
+    x, view = _dense(x, kept)
+    verbs = _verbs(backend, view, x)
+    affine, own_var = _affine(verbs, view, x, weight, bias, mean, var, eps)
+    added = None if residual is None else _aligned(residual, x, view)
+    y = verbs.apply(x, view, affine, Activation(activation, slope), added)
+    if mean is not None:
+        return _like(y, x), affine.mean.new_empty(0), affine.mean.new_empty(0)
+    return (
+        _like(y, x),
+        view.unfold_vector(affine.mean, x.shape).contiguous(),
+        view.unfold_vector(own_var, x.shape).contiguous(),
+    )
+
+
+@norm.register_fake
+def _norm_fake(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    kept: Sequence[int],
+    eps: float,
+    activation: str,
+    slope: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = [x.shape[d] for d in kept] if mean is None else [0]
+    dtype = accumulation_dtype(x.dtype, x.device)
+    return torch.empty_like(x), x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
+
+
+@torch.library.custom_op("evenkeel::norm_backward", mutates_args=())
+def norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    from_batch: bool,
+    kept: Sequence[int],
+    eps: float,
+    activation: str,
+    slope: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, weight, bias and residual; empty for what is None. Updates nothing.
+
+    ``from_batch`` says that mean and var were computed from x, and so depend on it.
+    """
+    x, view = _dense(x, kept)
+    verbs = _verbs(backend, view, x)
+    act = Activation(activation, slope)
+    affine, _ = _affine(verbs, view, x, weight, bias, mean, var, eps)
+    dy = _aligned(dy, x, view)
+    added = None if residual is None else _aligned(residual, x, view)
+    sums = verbs.backward_reduce(dy, x, view, affine, act, added)
+    dx, dresidual = verbs.backward_dx(dy, x, view, affine, act, added, sums if from_batch else None)
+    return (
+        _like(dx, x),
+        _owned(sums.dz_xhat, view, x, weight),
+        _owned(sums.dz, view, x, bias),
+        x.new_empty(0) if dresidual is None else _like(dresidual, x),
+    )
+
+
+@norm_backward.register_fake
+def _norm_backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    from_batch: bool,
+    kept: Sequence[int],
+    eps: float,
+    activation: str,
+    slope: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = [x.shape[d] for d in kept]
+    return (
+        torch.empty_like(x),
+        x.new_empty(0) if weight is None else weight.new_empty(shape),
+        x.new_empty(0) if bias is None else bias.new_empty(shape),
+        x.new_empty(0) if residual is None else torch.empty_like(x, dtype=residual.dtype),
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, residual, mean, var, *ctx.rest = inputs
+    ctx.from_batch = mean is None
+    if mean is None:
+        mean, var = output[1:]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.residual_dtype = None if residual is None else residual.dtype
+    # Without an activation the residual's gradient is dy itself, and its value is not needed.
+    ctx.is_linear = ctx.rest[2] == "none"
+    needed = None if ctx.is_linear else residual
+    ctx.save_for_backward(x, weight, bias, needed, mean, var)
+
+
+def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, residual, mean, var = ctx.saved_tensors
+    dx, dweight, dbias, dresidual = torch.ops.evenkeel.norm_backward(
+        dy, x, weight, bias, residual, mean, var, ctx.from_batch, *ctx.rest
+    )
+    if ctx.residual_dtype is None:
+        dresidual = None
+    elif ctx.is_linear:
+        dresidual = dy.to(ctx.residual_dtype)
+    return (
+        dx,
+        None if weight is None else dweight,
+        None if bias is None else dbias,
+        dresidual,
+        *[None] * (2 + len(ctx.rest)),
+    )
+
+
+torch.library.register_autograd("evenkeel::norm", _backward, setup_context=_keep)
+
+
+def _keep_for_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.from_batch, ctx.kept, ctx.eps, activation, slope, _ = inputs
+    ctx.act = Activation(activation, slope)
+    ctx.save_for_backward(*tensors)
+
+
+def _second_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The derivative of the backward: differentiate the reference forward twice."""
+    *given, mean, var = ctx.saved_tensors
+    create = torch.is_grad_enabled()
+    with torch.enable_grad():
+        if not create:
+            given = [None if t is None else t.detach().requires_grad_() for t in given]
+        dy, x, weight, bias, residual = given
+        verbs, view = load("reference"), logical_view(x.shape, ctx.kept)
+        if ctx.from_batch:
+            mean = var = None
+        affine, _ = _affine(verbs, view, x, weight, bias, mean, var, ctx.eps)
+        y = verbs.apply(x, view, affine, ctx.act, residual)
+        sources = [t for t in given if t is not None]
+        first = iter(torch.autograd.grad(y, sources[1:], dy, create_graph=True))
+        outputs = [None if t is None else next(first) for t in given[1:]]
+        used = [
+            (output, gradient)
+            for output, gradient in zip(outputs, gradients, strict=True)
+            if output is not None and gradient is not None
+        ]
+        second = iter(
+            torch.autograd.grad(
+                [output for output, _ in used],
+                sources,
+                [gradient for _, gradient in used],
+                create_graph=create,
+                allow_unused=True,
+            )
+        )
+    return (*[None if t is None else next(second) for t in given], *[None] * 8)
+
+
+torch.library.register_autograd(
+    "evenkeel::norm_backward", _second_backward, setup_context=_keep_for_second
+)
+
+
+def _affine(
+    verbs: Backend,
+    view: View,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+) -> tuple[Affine, Tensor]:
+    """The map that a norm applies, in memory order, and the biased variance it came from."""
+    dtype = accumulation_dtype(x.dtype, x.device)
+
+    def fold(vector: Tensor | None) -> Tensor | None:
+        return None if vector is None else view.fold_vector(vector.to(dtype), x.shape)
+
+    own_mean, own_var = fold(mean), fold(var)
+    if own_mean is None or own_var is None:
+        n, own_mean, m2 = verbs.stats(x, view)
+        own_var = m2 / max(n, 1)
+    return Affine(own_mean, (own_var + eps).rsqrt(), fold(weight), fold(bias)), own_var
+
+
+def _owned(vector: Tensor, view: View, x: Tensor, parameter: Tensor | None) -> Tensor:
+    """The gradient of weight or bias; empty if there is no such parameter."""
+    if parameter is None:
+        return x.new_empty(0)
+    return view.unfold_vector(vector, x.shape).to(parameter.dtype).contiguous()
+
+
+def _verbs(wish: str, view: View, x: Tensor) -> Backend:
+    return load(choose(wish, view, x.dtype, x.device).name)
+
+
+def _dense(x: Tensor, kept: Sequence[int]) -> tuple[Tensor, View]:
+    """x without gaps or overlaps, copied only if it has any, and its view."""
+    view = view_of(x.shape, x.stride(), kept)
+    if view is None:
+        x = x.clone()
+        view = view_of(x.shape, x.stride(), kept)
+    assert view is not None  # noqa: S101 - a clone is dense
+    return x, view
+
+
+def _aligned(t: Tensor, x: Tensor, view: View) -> Tensor:
+    """``t`` in the layout of x, copied only if it has another one."""
+    if view_of(t.shape, t.stride(), view.kept) == view:
+        return t
+    return torch.empty_like(x, dtype=t.dtype).copy_(t)
+
+
+def _like(t: Tensor, x: Tensor) -> Tensor:
+    """``t`` with exactly the strides that ``empty_like(x)`` has, as the fake kernels promise."""
+    if t.stride() == x.stride():
+        return t
+    return torch.empty_like(x, dtype=t.dtype).copy_(t)
