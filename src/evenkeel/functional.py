@@ -67,6 +67,7 @@ def batch_norm(
 
     Raises:
         ShapeError: a shape does not fit, or training would take a variance of one value.
+        ConfigError: the activation is unknown, or eps is negative.
         BackendError: the named backend cannot run the call.
 
     Reference: Ioffe & Szegedy 2015, algorithms 1 and 2, section 3.2 for the axes.
@@ -130,20 +131,24 @@ def normalize(
         PatternError: the pattern is no normalization, or owns the batch axis and was given running
             statistics.
         ShapeError: a shape does not fit, or a variance would be taken of one value.
+        ConfigError: the activation is unknown, eps is negative, or an affine pattern was given
+            with a parsed one.
     """
-    spec = _parsed(pattern, affine) if isinstance(pattern, str) else pattern
+    spec = _parsed(pattern, affine)
     act = _activation(activation)
     if not x.is_floating_point():
         raise ShapeError(f"a norm needs a floating tensor but got {x.dtype}; use x.float()")
+    if not eps >= 0:
+        raise ConfigError(f"eps must be 0 or more but is {eps}; the usual one is 1e-5")
     bound = _bound(spec, x, sizes or {})
     _check_shapes(spec, bound, x, weight, bias, running_mean, running_var, residual)
     from_batch = training or not spec.averages_batch
     if from_batch:
         _check_count(spec, bound, x)
-        groups = _torch_groups(spec, bound)
+        groups = _torch_groups(spec, bound, plain=weight is None and bias is None)
         if groups is not None and backend == "auto":
             y = F.group_norm(x, groups, weight, bias, eps)
-            return _after(y, act, residual)
+            return _after(y, act, residual).to(x.dtype)
     elif running_mean is None or running_var is None:
         raise ShapeError(
             f"'{spec}' in inference needs running_mean and running_var; pass training=True to use "
@@ -153,8 +158,9 @@ def normalize(
     parts = x.reshape(bound.shape)
     if spec.affine_is_owners or (weight is None and bias is None):
         added = None if residual is None else residual.reshape(bound.shape)
+        owned = (_per_owner(weight, bound), _per_owner(bias, bound))
         y, mean, var = norm(
-            parts, weight, bias, added, *given, bound.kept, eps, act.name, act.slope, backend
+            parts, *owned, added, *given, bound.kept, eps, act.name, act.slope, backend
         )
         y = y.reshape(x.shape)
     else:
@@ -164,9 +170,8 @@ def normalize(
         y = _after(y, act, residual).to(x.dtype)
     if from_batch and x.numel() > 0:
         with torch.no_grad():
-            if running_mean is not None:
+            if running_mean is not None and running_var is not None:
                 _remember(running_mean, mean, momentum)
-            if running_var is not None:
                 _remember(running_var, var * (bound.count / (bound.count - 1)), momentum)
     return y
 
@@ -175,6 +180,11 @@ def _remember(running: Tensor, new: Tensor, momentum: float | Tensor) -> None:
     """running = (1 - momentum) * running + momentum * new, in the precision of ``new``."""
     old = running.to(new.dtype)
     running.copy_(old * (1 - momentum) + new.reshape(running.shape) * momentum)
+
+
+def _per_owner(vector: Tensor | None, bound: Bound) -> Tensor | None:
+    """``vector`` with one dimension per owner: a pattern may write two of them as one, '(g c)'."""
+    return None if vector is None else vector.reshape([bound.shape[d] for d in bound.kept])
 
 
 def _scale_and_shift(y: Tensor, bound: Bound, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -191,15 +201,16 @@ def _after(y: Tensor, act: Activation, residual: Tensor | None) -> Tensor:
     return activate(y if residual is None else y + residual, act)
 
 
-def _torch_groups(spec: NormSpec, bound: Bound) -> int | None:
+def _torch_groups(spec: NormSpec, bound: Bound, *, plain: bool) -> int | None:
     """The number of groups if torch's own group norm is this norm, else None.
 
     Layer norm is one group and instance norm one group per channel; kernels for the norms that own
-    the batch axis are torch's business, not ours.
+    the batch axis are torch's business, not ours. ``plain`` says that there are no weights, whose
+    axes would have to be the channel's.
     """
     channel = spec.axes[1:2]
     owners = tuple(name for group in spec.owners for name in group)
-    if spec.affine not in (None, channel) or channel == (("...",),) or len(spec.batch) != 1:
+    if channel == (("...",),) or len(spec.batch) != 1 or not (plain or spec.affine == channel):
         return None
     sizes = dict(zip(bound.names, bound.shape, strict=True))
     candidates: list[tuple[str, ...]] = [(), *(channel[0][:end] for end in (1, 2) if channel)]
@@ -219,7 +230,14 @@ def _activation(activation: str | tuple[str, float] | None) -> Activation:
     return Activation(name, _SLOPES[name] if slope is None else slope)
 
 
-def _parsed(pattern: str, affine: str | None) -> NormSpec:
+def _parsed(pattern: str | NormSpec, affine: str | None) -> NormSpec:
+    if isinstance(pattern, NormSpec):
+        if affine != DEFAULT:
+            raise ConfigError(
+                f"affine={affine!r} comes with '{pattern}', which is parsed and has its own; "
+                "give the pattern as text, or parse it with that affine"
+            )
+        return pattern
     if torch.compiler.is_compiling():
         return parse.__wrapped__(pattern, affine)
     return parse(pattern, affine)
@@ -259,10 +277,17 @@ def _check_shapes(
                 f"{name} of '{spec}' must have shape {shape} for an input of {tuple(x.shape)} but "
                 f"has {tuple(tensor.shape)}"
             )
+    if spec.affine is None and (weight is not None or bias is not None):
+        raise ShapeError(f"'{spec}' was asked for without gamma and beta but got a weight or bias")
     if not spec.averages_batch and (running_mean is not None or running_var is not None):
         raise PatternError(
             f"'{spec}' owns the batch axis '{spec.batch[0]}', so every sample has its own "
             "statistics and none can be remembered; leave running_mean and running_var out"
+        )
+    if (running_mean is None) != (running_var is None):
+        raise ShapeError(
+            f"'{spec}' got one of running_mean and running_var; pass both, or neither to remember "
+            "nothing"
         )
 
 

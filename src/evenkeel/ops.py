@@ -102,6 +102,8 @@ def norm_backward(
     added = None if residual is None else _aligned(residual, x, view)
     sums = verbs.backward_reduce(dy, x, view, affine, act, added)
     dx, dresidual = verbs.backward_dx(dy, x, view, affine, act, added, sums if from_batch else None)
+    if dresidual is not None and activation == "none":
+        dresidual = dresidual.clone()  # it may be dy itself, and an op must not return its input
     return (
         _like(dx, x),
         _owned(sums.dz_xhat, view, x, weight),
@@ -180,8 +182,7 @@ def _second_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None
     *given, mean, var = ctx.saved_tensors
     create = torch.is_grad_enabled()
     with torch.enable_grad():
-        if not create:
-            given = [None if t is None else t.detach().requires_grad_() for t in given]
+        given = [None if t is None else _fresh(t, create) for t in given]
         dy, x, weight, bias, residual = given
         verbs, view = load("reference"), logical_view(x.shape, ctx.kept)
         if ctx.from_batch:
@@ -206,6 +207,11 @@ def _second_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None
             )
         )
     return (*[None if t is None else next(second) for t in given], *[None] * 8)
+
+
+def _fresh(t: Tensor, create: bool) -> Tensor:
+    """``t`` to differentiate by, apart from its own past: dy comes from x, but not here."""
+    return t.view_as(t) if create and t.requires_grad else t.detach().requires_grad_()
 
 
 torch.library.register_autograd(

@@ -109,6 +109,17 @@ class NormSpec:
         """The shape of a vector over ``groups``, given the size of every axis in it."""
         return tuple(_product(sizes[name] for name in group) for group in groups)
 
+    def check_names(self, sizes: Mapping[str, int]) -> None:
+        """Refuses a size for an axis that the pattern does not have.
+
+        Raises:
+            PatternError: there is one.
+        """
+        names = _flat(self.axes)
+        for name, size in sizes.items():
+            if name not in names:
+                raise PatternError(f"{name}={size} is given but '{self}' has no axis '{name}'")
+
     def bind(self, shape: Sequence[int], sizes: Mapping[str, int] | None = None) -> Bound:
         """Gives every axis its size from an input shape.
 
@@ -117,9 +128,11 @@ class NormSpec:
             sizes: sizes that the caller insists on; needed for all but one axis of each ``(...)``.
 
         Raises:
+            PatternError: a size is given for an axis that the pattern does not have.
             ShapeError: the rank or a size does not fit.
         """
         known = dict(sizes or {})
+        self.check_names(known)
         names: list[str] = []
         flat: list[int] = []
         for group, dims in self._pair_up(shape):

@@ -215,10 +215,7 @@ def forward_with_memory(
 
 
 def _checked(spec: NormSpec, sizes: Mapping[str, int]) -> dict[str, int]:
-    names = [name for group in spec.axes for name in group]
-    for name in sizes:
-        if name not in names:
-            raise PatternError(f"{name}={sizes[name]} is given but '{spec}' has no axis '{name}'")
+    spec.check_names(sizes)
     if "..." in spec.fixed:
         raise PatternError(
             f"'{spec}' has weights or statistics over '...', whose sizes cannot be given; name the "
@@ -228,4 +225,4 @@ def _checked(spec: NormSpec, sizes: Mapping[str, int]) -> dict[str, int]:
     if missing:
         wanted = ", ".join(f"{name}=..." for name in missing)
         raise PatternError(f"'{spec}' needs the size of {', '.join(missing)}; pass {wanted}")
-    return {name: sizes[name] for name in names if name in sizes}
+    return {name: sizes[name] for group in spec.axes for name in group if name in sizes}
