@@ -118,8 +118,8 @@ def decay_from_momentum(momentum: float) -> float:
 def convert_variance(var: T, count: int, *, given: Kind, wanted: Kind) -> T:
     """A running variance of one kind as the other kind: times (m - 1) / m or m / (m - 1).
 
-    It is exact where every batch had ``count`` values per channel. Inference needs no conversion:
-    it uses what was remembered. Only training that goes on elsewhere does.
+    It is exact where every batch had ``count`` values per channel and the initial value is
+    forgotten. Only training that goes on elsewhere needs it: inference uses what is stored.
 
     Args:
         var: a number, array or tensor; or a product of such, for the map is linear.
