@@ -1,0 +1,5 @@
+"""Editing built networks: put batch norm in, take it out again.
+
+`graph` traces and names what is where, `introduce` inserts norms, `fold` merges them into the layer
+before. Every edit works on a copy and returns it with a report; on failure nothing has changed.
+"""
