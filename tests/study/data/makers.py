@@ -108,7 +108,7 @@ def python_files(count: int = 2) -> dict[str, bytes]:
     return files | {"batches.meta": Python2Pickle().meta()}
 
 
-def tar(files: dict[str, bytes], folder: str, extra: Iterable[tarfile.TarInfo] = ()) -> bytes:
+def tar_gz(files: dict[str, bytes], folder: str, extra: Iterable[tarfile.TarInfo] = ()) -> bytes:
     """A .tar.gz with a folder, ``extra`` members without content, and the files."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w:gz", compresslevel=1) as archive:

@@ -221,7 +221,8 @@ def _call(callee: _Known, arguments: tuple[object, ...]) -> object:
         case _Known.DTYPE, ("u1" | b"u1" | "|u1" | "uint8", *_):
             return _Bytes()
         case _Known.DTYPE, (str() | bytes() as found, *_):
-            raise _RefusedError(f"elements of type {str(found)[:20]}, wanted unsigned bytes")
+            text = found if isinstance(found, str) else found.decode("latin-1")
+            raise _RefusedError(f"elements of type '{text[:20]}', wanted unsigned bytes")
         case _Known.ENCODE, (str() as text, "latin1" | "latin-1"):
             return text.encode("latin-1")
     raise _RefusedError(f"a call that {callee.value} has unexpected arguments")
