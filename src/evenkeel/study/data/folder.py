@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ...errors import ConfigError
 from .base import Dataset, Split, found_in, refuse, shuffled, stratified
@@ -29,11 +29,21 @@ _GRAY: Final = frozenset({"1", "L", "LA", "I;16", "I;16L", "I;16B"})
 _COLOUR: Final = frozenset({"P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB"})
 _CLEAR: Final = frozenset({"LA", "PA", "RGBA", "RGBa"})
 _ORIENTATION: Final = 0x0112
-_ON_ITS_SIDE: Final = frozenset({5, 6, 7, 8})
+_TURNS: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a picture stand upright, by the orientation that its camera wrote; from 5 on, height
+and width change places."""
 
 
 class _Picture(NamedTuple):
-    """What the header of a picture says."""
+    """What the header of a picture says; height and width are those of the upright picture."""
 
     path: Path
     label: int
@@ -41,6 +51,7 @@ class _Picture(NamedTuple):
     width: int
     gray: bool
     clear: bool
+    orientation: int
 
 
 def load(folder: Path, image_size: int | None = None) -> Dataset:
@@ -150,12 +161,21 @@ def _header(path: Path, label: int) -> _Picture:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                turned = image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE
+                orientation = _orientation(image)
         except Exception as error:  # as above
             raise refuse(path, f"has damaged metadata ({_first_line(error)})") from error
-        width, height = image.size[::-1] if turned else image.size
+        width, height = image.size[::-1] if orientation >= 5 else image.size
         clear = image.mode in _CLEAR or "transparency" in image.info
-        return _Picture(path, label, height, width, image.mode in _GRAY, clear)
+        return _Picture(path, label, height, width, image.mode in _GRAY, clear, orientation)
+
+
+def _orientation(image: Image.Image) -> int:
+    """How the camera was held, 1 to 8."""
+    # Pillow turns TIFFs itself, and would decode a whole PNG to look for the metadata at its end.
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return 1
+    found = image.getexif().get(_ORIENTATION)
+    return found if found in _TURNS else 1
 
 
 def _size(
@@ -197,7 +217,7 @@ def _decode(pictures: Sequence[_Picture], height: int, width: int) -> np.ndarray
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    pixels = np.asarray(_upright(image, picture.clear, mode, (width, height)))
+                    pixels = np.asarray(_finish(image, picture, mode, (width, height)))
             except Exception as error:  # as above
                 raise refuse(
                     picture.path, f"is a damaged picture ({_first_line(error)})"
@@ -206,15 +226,17 @@ def _decode(pictures: Sequence[_Picture], height: int, width: int) -> np.ndarray
     return images
 
 
-def _upright(image: Image.Image, clear: bool, mode: str, size: tuple[int, int]) -> Image.Image:
+def _finish(image: Image.Image, picture: _Picture, mode: str, size: tuple[int, int]) -> Image.Image:
     """Decodes a picture, turns it upright, lays it on white and resizes it."""
     image.load()
-    result: Image.Image = ImageOps.exif_transpose(image)
+    result = image
+    if picture.orientation in _TURNS:
+        result = result.transpose(_TURNS[picture.orientation])
     if result.mode.startswith("I;16"):
         # Pillow would cut 16 bits off at 255; the first eight of them are meant.
         wide = np.asarray(result).astype(np.uint32)
         result = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
-    if clear:
+    if picture.clear:
         result = result.convert("RGBA")
         white = Image.new("RGBA", result.size, "white")
         result = Image.alpha_composite(white, result)
