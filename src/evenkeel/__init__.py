@@ -1,2 +1,77 @@
-"""Batch normalization for CNNs, on an even keel."""
+"""Batch normalization for CNNs, on an even keel.
+
+    import evenkeel
+    y = evenkeel.batch_norm(x, weight, bias, running_mean, running_var, training=True)
+    norm = evenkeel.Norm("n c h w -> c h w", c=64, h=8, w=8)
+    model, report = evenkeel.introduce(model, example)
+    model, report = evenkeel.fold(model, example)
+
+Names are loaded on first use, so that ``import evenkeel`` is light.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "BatchNorm1d": "nn",
+    "BatchNorm2d": "nn",
+    "BatchNorm3d": "nn",
+    "Norm": "nn",
+    "PerActivationBatchNorm": "nn",
+    "NormSpec": "pattern",
+    "batch_norm": "functional",
+    "fold": "surgery.fold",
+    "introduce": "surgery.introduce",
+    "normalize": "functional",
+    "parse": "pattern",
+}
+_ROOMS = ("conventions", "errors", "functional", "nn")
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "Norm",
+    "NormSpec",
+    "PerActivationBatchNorm",
+    "batch_norm",
+    "conventions",
+    "errors",
+    "fold",
+    "functional",
+    "introduce",
+    "nn",
+    "normalize",
+    "parse",
+]
+
+if TYPE_CHECKING:
+    from . import conventions as conventions
+    from . import errors as errors
+    from . import functional as functional
+    from . import nn as nn
+    from .functional import batch_norm as batch_norm
+    from .functional import normalize as normalize
+    from .nn import BatchNorm1d as BatchNorm1d
+    from .nn import BatchNorm2d as BatchNorm2d
+    from .nn import BatchNorm3d as BatchNorm3d
+    from .nn import Norm as Norm
+    from .nn import PerActivationBatchNorm as PerActivationBatchNorm
+    from .pattern import NormSpec as NormSpec
+    from .pattern import parse as parse
+    from .surgery.fold import fold as fold
+    from .surgery.introduce import introduce as introduce
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f".{name}", __name__)
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module 'evenkeel' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

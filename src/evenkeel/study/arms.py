@@ -188,6 +188,11 @@ class Plan:
                 raise ConfigError(f"study '{self.name}': {key} must be 1 or more")
 
     @property
+    def baseline_arm(self) -> Arm:
+        """The arm that the others are compared with."""
+        return next(arm for arm in self.arms if arm.name == self.baseline)
+
+    @property
     def trials(self) -> list[tuple[Arm, int]]:
         """Every (arm, seed), seed by seed, so that an unfinished study has whole comparisons."""
         return [(arm, seed) for seed in range(self.seeds) for arm in self.arms]
@@ -225,6 +230,43 @@ class Plan:
     def on(self, **changes: Any) -> Plan:
         """The plan with some fields changed; None leaves a field as it is."""
         return replace(self, **{key: value for key, value in changes.items() if value is not None})
+
+    def adapted(
+        self,
+        *,
+        data: str | None = None,
+        folder: Path | None = None,
+        model: str | None = None,
+        steps: int | None = None,
+        seeds: int | None = None,
+    ) -> Plan:
+        """The plan on other data or another network; None leaves things as they are.
+
+        Arms that the change makes equal (a network of the user's has its own activations) are kept
+        once. ``steps`` scales the arms that have a number of their own alike.
+        """
+        arms = self.arms
+        if steps is not None:
+            share = steps / self.steps
+            arms = tuple(
+                arm if arm.steps is None else replace(arm, steps=max(1, round(arm.steps * share)))
+                for arm in arms
+            )
+        if model is not None:
+            arms = _without_twins(replace(arm, model=model) for arm in arms)
+        source = self.data
+        if data is not None and data != source.name:
+            source = replace(source, name=data, folder=None)
+        if folder is not None:
+            source = replace(source, folder=str(folder.expanduser().absolute()))
+        kept = {arm.name for arm in arms}
+        baseline = self.baseline if self.baseline in kept else arms[0].name
+        return self.on(arms=arms, data=source, steps=steps, seeds=seeds, baseline=baseline)
+
+    @property
+    def folder_name(self) -> str:
+        """What a run of the plan is called among the runs."""
+        return f"{self.name}-{self.data.name}"
 
 
 def check_keys(given: Iterable[str], kind: type[Any], where: str) -> None:
@@ -271,11 +313,14 @@ def _check_statistics(arm: Arm, key: str) -> None:
         raise ConfigError(f"arm '{arm.name}': {error}") from error
 
 
+def _without_twins(arms: Iterable[Arm]) -> tuple[Arm, ...]:
+    """The arms, of those with equal recipes the first only."""
+    kept: dict[str, Arm] = {}
+    for arm in arms:
+        kept.setdefault(json.dumps(arm.recipe(), sort_keys=True), arm)
+    return tuple(kept.values())
+
+
 def _meant(word: str, choices: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(choices), 1)
     return f" (did you mean '{close[0]}'?)" if close else ""
-
-
-def default_folder(plan: Plan, root: Path) -> Path:
-    """Where the plan's run is kept unless the user says otherwise."""
-    return root / f"{plan.name}-{plan.data.name}"

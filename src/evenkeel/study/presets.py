@@ -85,9 +85,9 @@ def quick() -> Plan:
         replace(with_sigmoid, name="sigmoid, after", placement="after-activation"),
         replace(with_sigmoid, name="sigmoid, no gamma and beta", affine=False),
         *_at_rates({"0.2": 0.2}, NONE, BEFORE),
-        *_at_batches({2: 1500}, NONE, BEFORE, layer),
+        *_at_batches({2: 1000}, NONE, BEFORE, layer),
     )
-    return Plan("quick", arms, seeds=6, steps=300, points=20, target=0.95, curve_limit=450)
+    return Plan("quick", arms, seeds=8, steps=300, points=20, target=0.95, curve_limit=450)
 
 
 def placement() -> Plan:
@@ -137,7 +137,7 @@ def paper() -> Plan:
     return Plan(
         "paper",
         _at_rates(rates, plain, normed),
-        Data(binary=True),
+        Data("mnist", binary=True),
         seeds=5,
         steps=20_000,
         points=100,

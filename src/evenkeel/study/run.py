@@ -23,7 +23,7 @@ from .store import Store, locked
 from .train import Feeder, evaluate, make_network, make_optimizer, train
 from .trial import Trial
 
-__all__ = ["Estimate", "Prepared", "prepare", "run"]
+__all__ = ["Estimate", "Prepared", "Started", "prepare", "run"]
 
 _TIMED_STEPS = 8
 _START_UP = 4.0
@@ -112,26 +112,29 @@ def _try_arm(plan: Plan, arm: Arm, dataset: Dataset, device: torch.device) -> fl
     return gaps[len(gaps) // 2] * plan.steps_of(arm) + score * plan.points + final * ways
 
 
+@dataclass(frozen=True)
+class Started:
+    """What a run is about to do: the trials that are not done yet."""
+
+    jobs: list[tuple[Arm, int]]
+
+
 def run(
     prepared: Prepared, folder: Path, workers: int, *, retry_failed: bool = False
-) -> Iterator[Trial | Progress]:
+) -> Iterator[Started | Trial | Progress]:
     """Runs the trials that are not in the folder yet; yields each one behind its commit.
 
     Stopping the iteration, by Ctrl-C or close, stops the workers; what was yielded is kept.
     """
     plan = prepared.plan
-    with locked(folder):
-        store = Store(folder, create=True)
-        try:
-            store.set_plan(plan)
-            if retry_failed:
-                store.forget_failed()
-            done = store.done()
-            jobs = [(arm, seed) for arm, seed in plan.trials if (plan.key(arm), seed) not in done]
-            with Pool(plan, prepared.device, workers) as pool:
-                for event in pool.run(jobs):
-                    if isinstance(event, Trial):
-                        store.add(event)
-                    yield event
-        finally:
-            store.close()
+    with locked(folder), Store(folder, create=True) as store:
+        store.set_plan(plan)
+        if retry_failed:
+            store.forget_failed()
+        jobs = store.missing(plan)
+        yield Started(jobs)
+        with Pool(plan, prepared.device, workers) as pool:
+            for event in pool.run(jobs):
+                if isinstance(event, Trial):
+                    store.add(event)
+                yield event

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import StudyError
-from .arms import Plan
+from .arms import Arm, Plan
 from .trial import Trial
 
 __all__ = ["FILE", "Store", "locked"]
@@ -70,8 +70,10 @@ class Store:
         if health != "ok":
             raise sqlite3.DatabaseError(health)
 
-    def close(self) -> None:
-        """Closes the file."""
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._db.close()
 
     def set_plan(self, plan: Plan) -> None:
@@ -103,10 +105,16 @@ class Store:
         with self._explained():
             return self._db.execute("delete from trial where status = 'failed'").rowcount
 
-    def done(self) -> set[tuple[str, int]]:
-        """The (key, seed) of every finished trial."""
+    def missing(self, plan: Plan) -> list[tuple[Arm, int]]:
+        """The trials of a plan that are not finished yet, in its order, equal recipes once."""
         with self._explained():
-            return set(self._db.execute("select key, seed from trial"))
+            seen = set(self._db.execute("select key, seed from trial"))
+        jobs: list[tuple[Arm, int]] = []
+        for arm, seed in plan.trials:
+            if (plan.key(arm), seed) not in seen:
+                seen.add((plan.key(arm), seed))
+                jobs.append((arm, seed))
+        return jobs
 
     def trials(self, plan: Plan) -> list[Trial]:
         """The finished trials of a plan, in its order, under the arms' present names."""
