@@ -66,7 +66,8 @@ class Arm:
     eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        what = f"arm '{self.name}'"
+        _check_types(self, what)
         _check_choice(self, "placement", ("none", *PLACEMENTS))
         _check_choice(self, "layers", LAYER_KINDS)
         if ":" in self.model:
@@ -76,11 +77,8 @@ class Arm:
         _check_choice(self, "activation", ACTIVATIONS)
         for key in ("statistics", "dense_statistics"):
             _check_statistics(self, key)
-        least = {"every": 1, "batch_size": 1, "steps": 1, "learning_rate": 0, "weight_decay": 0}
-        for key, bound in least.items():
-            value = getattr(self, key)
-            if value is not None and value < bound:
-                raise ConfigError(f"arm '{self.name}': {key} is {value}; give {bound} or more")
+        _check_bounds(self, what, {"every": 1, "batch_size": 1, "steps": 1})
+        _check_bounds(self, what, {"learning_rate": 0, "weight_decay": 0, "eps": 0})
 
     @property
     def has_norm(self) -> bool:
@@ -132,6 +130,8 @@ class Data:
         return None if self.folder is None else Path(self.folder)
 
     def __post_init__(self) -> None:
+        _check_types(self, "the data")
+        _check_bounds(self, "the data", {"image_size": 1, "train_limit": 1})
         if self.name not in DATA_NAMES:
             raise ConfigError(
                 f"unknown data '{self.name}'{_meant(self.name, DATA_NAMES)}; choose one of "
@@ -170,6 +170,9 @@ class Plan:
     context: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        what = f"study '{self.name}'"
+        _check_types(self, what)
+        _check_bounds(self, what, {"seeds": 1, "steps": 1, "points": 1, "curve_limit": 1})
         names = [arm.name for arm in self.arms]
         if not names:
             raise ConfigError(f"study '{self.name}' has no arms; add an [[arm]]")
@@ -183,9 +186,6 @@ class Plan:
                 f"the baseline '{self.baseline}' of study '{self.name}' is no arm"
                 f"{_meant(self.baseline, names)}"
             )
-        for key in ("seeds", "steps", "points", "curve_limit"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"study '{self.name}': {key} must be 1 or more")
 
     @property
     def baseline_arm(self) -> Arm:
@@ -280,16 +280,25 @@ def check_keys(given: Iterable[str], kind: type[Any], where: str) -> None:
             )
 
 
-def _check_types(arm: Arm) -> None:
-    plain = {
-        "int": int, "str": str, "bool": bool, "float": (int, float), "Mapping[str, Any]": dict,
-        "int | None": (int, type(None)), "str | None": (str, type(None)),
-    }  # fmt: skip
-    for f in fields(arm):
-        value = getattr(arm, f.name)
-        wanted: Any = plain[str(f.type)]
-        if not isinstance(value, wanted) or (isinstance(value, bool) and f.type != "bool"):
-            raise ConfigError(f"arm '{arm.name}': {f.name} must be {f.type} but is {value!r}")
+_PLAIN: Mapping[str, Any] = {
+    "int": int, "str": str, "bool": bool, "float": (int, float), "Mapping[str, Any]": dict,
+    "int | None": (int, type(None)), "str | None": (str, type(None)),
+}  # fmt: skip
+
+
+def _check_types(thing: Any, what: str) -> None:
+    """Raises ConfigError if a field of a dataclass, read from a file perhaps, has a wrong type."""
+    for f in fields(thing):
+        value, wanted = getattr(thing, f.name), _PLAIN.get(str(f.type), object)
+        if not isinstance(value, wanted) or (isinstance(value, bool) and str(f.type) != "bool"):
+            raise ConfigError(f"{what}: {f.name} must be {f.type} but is {value!r}")
+
+
+def _check_bounds(thing: Any, what: str, bounds: Mapping[str, int]) -> None:
+    for key, bound in bounds.items():
+        value = getattr(thing, key)
+        if value is not None and not value >= bound:
+            raise ConfigError(f"{what}: {key} is {value}; give {bound} or more")
 
 
 def _check_choice(arm: Arm, key: str, choices: Iterable[str]) -> None:

@@ -51,6 +51,9 @@ def load_plan(path: Path) -> Plan:
     given = values.pop("arm", [])
     defaults = values.pop("defaults", {})
     data = values.pop("data", {})
+    for key in ("arms", "context"):
+        if key in values:
+            raise ConfigError(f"{path} has an unknown key '{key}'; arms are written as [[arm]]")
     if not isinstance(given, list) or not all(isinstance(arm, dict) for arm in given):
         raise ConfigError(f"{path}: write each arm as a table that begins with [[arm]]")
     data = {"name": data} if isinstance(data, str) else data
@@ -59,13 +62,10 @@ def load_plan(path: Path) -> Plan:
             raise ConfigError(f"{path}: {what} must be a table but is {table!r}")
     check_keys(data, Data, f"[data] of {path}")
     check_keys(defaults, Arm, f"[defaults] of {path}")
-    check_keys((key for key in values if key not in ("arms", "context")), Plan, str(path))
+    check_keys(values, Plan, str(path))
     arms = [arm for table in given for arm in _spread(table, defaults, path)]
     values.setdefault("name", path.stem)
-    try:
-        return Plan(arms=tuple(arms), data=Data(**data), **values)
-    except TypeError as error:
-        raise ConfigError(f"{path}: {error}") from error
+    return Plan(arms=tuple(arms), data=Data(**data), **values)
 
 
 def _spread(table: dict[str, Any], defaults: dict[str, Any], path: Path) -> list[Arm]:

@@ -212,21 +212,24 @@ def _build_users(name: str, shape: Shape, classes: int, activation: str) -> nn.M
 
 def _factory(name: str) -> Callable[..., object]:
     module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise ConfigError(f"'{name}' names no network; write package.module:factory")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
-        found = getattr(importlib.import_module(module_name), attribute)
-    except ImportError as error:
+        module = importlib.import_module(module_name)
+    except Exception as error:
         raise ConfigError(
-            f"'{module_name}' of model '{name}' cannot be imported ({error}); run from the folder "
-            "that holds it, or install it"
+            f"'{module_name}' of model '{name}' cannot be imported ({type(error).__name__}: "
+            f"{error}); run from the folder that holds it, or install it"
         ) from error
-    except AttributeError as error:
-        raise ConfigError(f"module '{module_name}' has no '{attribute}'") from error
+    if not hasattr(module, attribute):
+        raise ConfigError(f"module '{module_name}' has no '{attribute}'")
+    found: Callable[..., object] = getattr(module, attribute)
     if not callable(found):
-        raise ConfigError(f"'{name}' is a {type(found).__name__}, not a function or class")
-    return found  # type: ignore[no-any-return]
+        raise ConfigError(f"'{name}' is of type {type(found).__name__}, not a function or class")
+    return found
 
 
 def source_fingerprint(name: str) -> str:

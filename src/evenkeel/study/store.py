@@ -6,9 +6,11 @@ study at the same time: a lock that the operating system frees when its holder d
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import StudyError
@@ -24,7 +26,7 @@ _SCHEMA = """
 create table plan (id integer primary key check (id = 1), json text not null);
 create table trial (
     key text not null, seed integer not null, arm text not null, status text not null,
-    json text not null, primary key (key, seed)
+    json text not null, digest text not null, primary key (key, seed)
 );
 """
 
@@ -45,7 +47,11 @@ class Store:
             raise StudyError(f"there is no study in {folder}; start one with 'evenkeel study'")
         with self._explained():
             self._db = sqlite3.connect(self.path, timeout=30.0, isolation_level=None)
-            self._open()
+            try:
+                self._open()
+            except BaseException:
+                self._db.close()
+                raise
 
     def _open(self) -> None:
         (application,) = self._db.execute("pragma application_id").fetchone()
@@ -58,9 +64,7 @@ class Store:
             )
             return
         if application != _APPLICATION:
-            raise StudyError(
-                f"{self.path} is the database of another program; choose another folder"
-            )
+            raise StudyError(f"{self.path} belongs to another program; choose another folder")
         if version > _VERSION:
             raise StudyError(
                 f"{self.path} was written by a newer evenkeel (format {version}, this one knows "
@@ -90,14 +94,18 @@ class Store:
             row = self._db.execute("select json from plan").fetchone()
         if row is None:
             raise StudyError(f"{self.path} holds no plan; start the study again")
-        return Plan.from_json(row[0])
+        try:
+            return Plan.from_json(row[0])
+        except (ValueError, TypeError, KeyError) as error:
+            raise StudyError(self._damaged(f"its plan cannot be read: {error}")) from error
 
     def add(self, trial: Trial) -> None:
         """Commits a finished trial; one that is there already stays as it is."""
+        text = trial.to_json()
         with self._explained():
             self._db.execute(
-                "insert into trial values (?, ?, ?, ?, ?) on conflict (key, seed) do nothing",
-                (trial.key, trial.seed, trial.arm, trial.status, trial.to_json()),
+                "insert into trial values (?, ?, ?, ?, ?, ?) on conflict (key, seed) do nothing",
+                (trial.key, trial.seed, trial.arm, trial.status, text, _digest(text)),
             )
 
     def forget_failed(self) -> int:
@@ -120,15 +128,19 @@ class Store:
         """The finished trials of a plan, in its order, under the arms' present names."""
         with self._explained():
             rows = {
-                (key, seed): text
-                for key, seed, text in self._db.execute("select key, seed, json from trial")
+                (key, seed): (text, digest)
+                for key, seed, text, digest in self._db.execute(
+                    "select key, seed, json, digest from trial"
+                )
             }
         found: list[Trial] = []
         for arm, seed in plan.trials:
-            text = rows.get((plan.key(arm), seed))
-            if text is not None:
-                trial = Trial.from_json(text)
-                found.append(Trial(**{**vars(trial), "arm": arm.name}))
+            text, digest = rows.get((plan.key(arm), seed), (None, None))
+            if text is None:
+                continue
+            if _digest(text) != digest:
+                raise StudyError(self._damaged(f"the trial '{arm.name}', seed {seed}, was altered"))
+            found.append(replace(Trial.from_json(text), arm=arm.name))
         return found
 
     @contextmanager
@@ -141,10 +153,13 @@ class Store:
                 "run the same command again: every finished trial is kept"
             ) from error
         except sqlite3.DatabaseError as error:
-            raise StudyError(
-                f"{self.path} is damaged ({error}); nothing was changed: restore it from a copy, "
-                "or move it away and run the same command to start anew"
-            ) from error
+            raise StudyError(self._damaged(str(error))) from error
+
+    def _damaged(self, how: str) -> str:
+        return (
+            f"{self.path} is damaged ({how}); nothing was changed: restore it from a copy, or move "
+            "it away and run the same command to start anew"
+        )
 
 
 @contextmanager
@@ -167,6 +182,11 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.close()
+
+
+def _digest(text: str) -> str:
+    """What a row is checked by: SQLite notices broken pages, not a flipped digit."""
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def _make(folder: Path) -> None:

@@ -149,7 +149,7 @@ def make_optimizer(network: nn.Module, arm: Arm) -> torch.optim.Optimizer:
     usable = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
     if not usable or arm.optimizer in ("Optimizer", "LBFGS", "SparseAdam"):
         raise ConfigError(
-            f"arm '{arm.name}': torch.optim has no optimizer '{arm.optimizer}' for this loop; "
+            f"torch.optim has no optimizer '{arm.optimizer}' for this loop; "
             "choose SGD, Adam, AdamW, RMSprop or another one that steps without a closure"
         )
     spared: list[nn.Parameter] = []
@@ -166,7 +166,7 @@ def make_optimizer(network: nn.Module, arm: Arm) -> torch.optim.Optimizer:
     try:
         optimizer: torch.optim.Optimizer = kind(given, lr=arm.learning_rate, **arm.options)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"arm '{arm.name}': {arm.optimizer} refused: {error}") from error
+        raise ConfigError(f"torch.optim.{arm.optimizer} refused: {error}") from error
     return optimizer
 
 

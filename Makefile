@@ -1,0 +1,47 @@
+# make study: install into .venv and run the default study.   make test: install and run all tests.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: study test check lint types clean
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:
+	@echo "make study   install into .venv and run the default study (3 minutes on 2 cores)"
+	@echo "make test    install what the tests need and run them all, lint and types included"
+	@echo "make check   lint and types only"
+	@echo "make clean   remove .venv and caches; runs/ is kept"
+
+study: .venv/installed
+	$(BIN)/evenkeel study
+
+test: check
+	$(BIN)/python -m pytest
+
+check: lint types
+
+lint: .venv/installed-for-tests
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+
+types: .venv/installed-for-tests
+	$(BIN)/mypy
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "evenkeel needs Python 3.11 or newer; say make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "Installing evenkeel into .venv (the first time takes a few minutes)"
+	@$(PIP) --editable .
+	@touch $@
+
+.venv/installed-for-tests: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "Installing evenkeel and its tests' needs into .venv (the first time takes a few minutes)"
+	@$(PIP) --editable ".[test]"
+	@touch $@ .venv/installed
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
