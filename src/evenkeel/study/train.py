@@ -11,15 +11,22 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..errors import ConfigError
-from ..kernels.reference import Reference
 from ..surgery.graph import NORMS, trace
-from ..surgery.introduce import introduce
-from ..view import logical_view
+from ..surgery.introduce import Introduced, introduce
 from .arms import Arm, Data
 from .data import Dataset
+from .inputs import Inputs
 from .models import build
 
-__all__ = ["Feeder", "Score", "evaluate", "make_network", "make_optimizer", "train"]
+__all__ = [
+    "Feeder",
+    "Score",
+    "evaluate",
+    "make_network",
+    "make_optimizer",
+    "network_for",
+    "train",
+]
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 """Images and their labels, batch by batch."""
@@ -39,52 +46,34 @@ class Feeder:
     """A data set on a device, as float batches in [0, 1] or normalized.
 
     With ``input_norm`` each channel is shifted and scaled by the mean and the deviation of the
-    training images, merged exactly from chunks.
+    training images.
+
+    Attributes:
+        inputs: what turns bytes into the network's numbers.
+        train_labels, test_labels: (n,) on the device.
     """
 
     def __init__(
         self, dataset: Dataset, data: Data, input_norm: bool, device: torch.device
     ) -> None:
         self._white = float(dataset.white)
-        self._binary = data.binary
         limit = data.train_limit or len(dataset.train.labels)
         self.train_labels = dataset.train.labels[:limit].to(device)
         self.test_labels = dataset.test.labels.to(device)
-        self._shift: Tensor | None = None
-        self._scale: Tensor | None = None
         train, test = dataset.train.images[:limit], dataset.test.images
+        self.inputs = Inputs(data.binary)
         if input_norm:
-            self._measure(train)
+            self.inputs = Inputs.measured(train, self._white, data.binary)
         self._train, self._test = self._store(train, device), self._store(test, device)
-
-    def _measure(self, images: Tensor) -> None:
-        verbs = Reference()
-        chunks = (self._scaled(chunk) for chunk in torch.split(images, 4096))
-        parts = [verbs.stats(c, logical_view(c.shape, (1,))) for c in chunks]
-        moments = verbs.merge(parts)
-        deviation = (moments.m2 / moments.n).sqrt().flatten()
-        deviation = deviation.where(deviation > 0, 1)
-        self._shift = moments.mean.flatten().float().reshape(1, -1, 1, 1)
-        self._scale = deviation.reciprocal().float().reshape(1, -1, 1, 1)
-
-    def _scaled(self, images: Tensor) -> Tensor:
-        values = images.float() / self._white
-        return (values > 0.5).float() if self._binary else values
+        self.inputs = self.inputs.to(device)
 
     def _store(self, images: Tensor, device: torch.device) -> Tensor:
         if images.numel() <= _EAGER_PIXELS:
             images = self._ready(images)
-        if self._shift is not None and self._scale is not None:
-            self._shift, self._scale = self._shift.to(device), self._scale.to(device)
         return images.to(device)
 
     def _ready(self, images: Tensor) -> Tensor:
-        if images.dtype != torch.uint8:
-            return images
-        values = self._scaled(images)
-        if self._shift is not None and self._scale is not None:
-            values = (values - self._shift) * self._scale
-        return values
+        return self.inputs(images, self._white) if images.dtype == torch.uint8 else images
 
     def example(self) -> Tensor:
         """A small batch, for its shape."""
@@ -119,12 +108,18 @@ class Feeder:
 
 def make_network(arm: Arm, feeder: Feeder, classes: int, seed: int) -> fx.GraphModule:
     """The arm's network on the feeder's device, norms in their places, weights from the seed."""
-    example = feeder.example()
+    return network_for(arm, feeder.example(), classes, seed)[0]
+
+
+def network_for(
+    arm: Arm, example: Tensor, classes: int, seed: int
+) -> tuple[fx.GraphModule, Introduced | None]:
+    """The arm's network for inputs like the example, and what was introduced, if anything was."""
     shape = (example.shape[1], example.shape[2], example.shape[3])
     plain = build(arm.model, shape, classes, arm.activation, seed).to(example.device)
     if not arm.has_norm:
-        return trace(plain, example)
-    network, _ = introduce(
+        return trace(plain, example), None
+    return introduce(
         plain,
         example,
         arm.placement,
@@ -136,7 +131,6 @@ def make_network(arm: Arm, feeder: Feeder, classes: int, seed: int) -> fx.GraphM
         eps=arm.eps,
         momentum=arm.bn_momentum,
     )
-    return network
 
 
 def make_optimizer(network: nn.Module, arm: Arm) -> torch.optim.Optimizer:
