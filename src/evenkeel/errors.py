@@ -6,6 +6,9 @@ kind, so that code which catches ``ValueError`` or ``RuntimeError`` keeps workin
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 __all__ = [
     "BackendError",
     "ConfigError",
@@ -15,6 +18,7 @@ __all__ = [
     "ShapeError",
     "StudyError",
     "SurgeryError",
+    "meant",
 ]
 
 
@@ -48,3 +52,9 @@ class ConfigError(EvenkeelError, ValueError):
 
 class StudyError(EvenkeelError, RuntimeError):
     """A study that cannot start or go on; finished trials are kept."""
+
+
+def meant(word: str, choices: Iterable[str]) -> str:
+    """What a mistyped name was probably meant to be, as an insertion for a message, or nothing."""
+    close = difflib.get_close_matches(word, list(choices), 1)
+    return f" (did you mean '{close[0]}'?)" if close else ""

@@ -91,7 +91,10 @@ def study(
     count = workers or (1 if where.type == "cuda" else os.cpu_count() or 1)
     with console.status("Loading the data and trying each arm") as status:
         prepared = prepare(
-            plan, where, lambda name: status.update(f"Trying [bold]{escape(name)}[/]")
+            plan,
+            where,
+            lambda name: status.update(f"Trying [bold]{escape(name)}[/]"),
+            leave_out=model is not None,
         )
     _announce(prepared, folder, count)
     if dry_run:
@@ -153,6 +156,8 @@ def _announce(prepared: Prepared, folder: Path, workers: int) -> None:
     console.print(f"\nData: {escape(prepared.dataset.summary())}")
     for note in prepared.dataset.notes:
         console.print(f"[yellow]Note:[/] {escape(note)}")
+    for reason in prepared.left_out:
+        console.print(f"[yellow]Left out:[/] {escape(reason)}")
     total = prepared.estimate.total(jobs, workers)
     finished = len(plan.trials) - len(jobs)
     console.print(
@@ -204,7 +209,8 @@ def _run(prepared: Prepared, folder: Path, workers: int, retry_failed: bool) -> 
             )
             raise
     if failed:
-        console.print(f"[yellow]{failed} trials failed[/]; try them again with --retry-failed")
+        trials = "1 trial" if failed == 1 else f"{failed} trials"
+        console.print(f"[yellow]{trials} failed[/]; try again with --retry-failed")
 
 
 def _tell_trouble(out: Console, trial: Trial) -> None:

@@ -7,7 +7,6 @@ is found again.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -15,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, PatternError
+from ..errors import ConfigError, PatternError, meant
 from ..pattern import parse
 from ..surgery.introduce import LAYER_KINDS, PLACEMENTS, STATISTICS
 from .data import NAMES as DATA_NAMES
@@ -134,7 +133,7 @@ class Data:
         _check_bounds(self, "the data", {"image_size": 1, "train_limit": 1})
         if self.name not in DATA_NAMES:
             raise ConfigError(
-                f"unknown data '{self.name}'{_meant(self.name, DATA_NAMES)}; choose one of "
+                f"unknown data '{self.name}'{meant(self.name, DATA_NAMES)}; choose one of "
                 f"{', '.join(DATA_NAMES)}"
             )
 
@@ -184,7 +183,7 @@ class Plan:
         if self.baseline not in names:
             raise ConfigError(
                 f"the baseline '{self.baseline}' of study '{self.name}' is no arm"
-                f"{_meant(self.baseline, names)}"
+                f"{meant(self.baseline, names)}"
             )
 
     @property
@@ -275,7 +274,7 @@ def check_keys(given: Iterable[str], kind: type[Any], where: str) -> None:
     for key in given:
         if key not in names:
             raise ConfigError(
-                f"{where} has an unknown key '{key}'{_meant(key, names)}; keys are "
+                f"{where} has an unknown key '{key}'{meant(key, names)}; keys are "
                 f"{', '.join(names)}"
             )
 
@@ -305,7 +304,7 @@ def _check_choice(arm: Arm, key: str, choices: Iterable[str]) -> None:
     value = getattr(arm, key)
     if value not in choices:
         raise ConfigError(
-            f"arm '{arm.name}': unknown {key} '{value}'{_meant(value, choices)}; choose one of "
+            f"arm '{arm.name}': unknown {key} '{value}'{meant(value, choices)}; choose one of "
             f"{', '.join(choices)}"
         )
 
@@ -328,8 +327,3 @@ def _without_twins(arms: Iterable[Arm]) -> tuple[Arm, ...]:
     for arm in arms:
         kept.setdefault(json.dumps(arm.recipe(), sort_keys=True), arm)
     return tuple(kept.values())
-
-
-def _meant(word: str, choices: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(choices), 1)
-    return f" (did you mean '{close[0]}'?)" if close else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from ..errors import ConfigError
+from ..errors import ConfigError, meant
 from .arms import Arm, Data, Plan
 
 __all__ = ["PRESETS", "preset"]
@@ -197,5 +197,7 @@ def preset(name: str) -> Plan:
         ConfigError: there is none.
     """
     if name not in PRESETS:
-        raise ConfigError(f"unknown preset '{name}'; choose one of {', '.join(PRESETS)}")
+        raise ConfigError(
+            f"unknown preset '{name}'{meant(name, PRESETS)}; choose one of {', '.join(PRESETS)}"
+        )
     return PRESETS[name]()

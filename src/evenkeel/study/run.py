@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__
-from ..errors import ConfigError, EvenkeelError
+from ..errors import ConfigError, EvenkeelError, SurgeryError
 from .arms import Arm, Plan
 from .data import Dataset, load
 from .models import source_fingerprint
@@ -51,12 +51,24 @@ class Prepared:
     dataset: Dataset
     device: torch.device
     estimate: Estimate
+    left_out: tuple[str, ...] = ()
 
 
 def prepare(
-    plan: Plan, device: torch.device, watch: Callable[[str], None] = lambda name: None
+    plan: Plan,
+    device: torch.device,
+    watch: Callable[[str], None] = lambda name: None,
+    *,
+    leave_out: bool = False,
 ) -> Prepared:
     """Loads the data, tries every arm for a few steps, and times them.
+
+    Args:
+        plan: the arms; the version, the data and users' networks are noted in its context.
+        device: where the trials will run.
+        watch: told the name of each arm before it is tried.
+        leave_out: drop arms whose norms have no place in their network, the baseline excepted,
+            and say so in ``left_out``; for presets on a network that they were not made for.
 
     Raises:
         ConfigError, SurgeryError, FormatError: an arm or the data is not usable; which, and why.
@@ -69,12 +81,19 @@ def prepare(
     torch.set_num_threads(1)  # as in the workers
     try:
         seconds: dict[str, float] = {}
+        left_out: list[str] = []
         for arm in plan.arms:
             watch(arm.name)
-            seconds[arm.name] = _try_arm(plan, arm, dataset, device)
+            try:
+                seconds[arm.name] = _try_arm(plan, arm, dataset, device)
+            except SurgeryError as error:
+                if not leave_out or arm.name == plan.baseline:
+                    raise
+                left_out.append(str(error))
     finally:
         torch.set_num_threads(threads)
-    return Prepared(plan, dataset, device, Estimate(seconds))
+    plan = plan.on(arms=tuple(arm for arm in plan.arms if arm.name in seconds))
+    return Prepared(plan, dataset, device, Estimate(seconds), tuple(left_out))
 
 
 def _try_arm(plan: Plan, arm: Arm, dataset: Dataset, device: torch.device) -> float:
