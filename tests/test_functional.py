@@ -332,6 +332,7 @@ REFUSED: dict[str, tuple] = {
         ConfigError,
         "unknown activation 'tanh'; choose one of none, relu, leaky_relu, relu6, silu",
     ),
+    "slope": ({"activation": ("relu", 0.3)}, ConfigError, "'relu' takes no slope but got 0.3"),
     "eps": ({"eps": -1e-5}, ConfigError, r"eps must be 0 or more but is -1e-05"),
     "eps of NaN": ({"eps": float("nan")}, ConfigError, r"eps must be 0 or more but is nan"),
     "nothing to infer with": (

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.gradcheck import GradcheckError
 
 from evenkeel.functional import batch_norm, normalize
+from evenkeel.kernels.reference import Reference
 from evenkeel.nn import BatchNorm2d
 from evenkeel.ops import norm, norm_backward
 
@@ -227,6 +228,36 @@ def test_layouts_change_nothing_but_strides(layout: Callable, dtype: torch.dtype
         for got, wanted in zip(*results, strict=True):
             rounding = 2 * torch.finfo(dtype).eps
             torch.testing.assert_close(got, wanted, rtol=rounding, atol=2e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_fake_kernels_know_the_strides(layout: Callable) -> None:
+    x = layout(BASE)
+    owners = torch.ones(x.shape[1])
+    rest = ([1], EPS, "relu", 0.0, "reference")
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(norm, (x, owners, None, x, None, None, *rest), test_utils=tests)
+    args = (x.flip(0), x, owners, None, x, owners, owners, True, *rest)
+    torch.library.opcheck(norm_backward, args, test_utils=tests)
+
+
+@pytest.mark.parametrize(
+    "layout", ["contiguous", "channels_last", "one channel", "one place, channels_last"]
+)
+def test_results_of_a_backend_are_not_copied(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A size of one may have any stride: fitting it to x's needs no second tensor."""
+    made = []
+
+    class Spy(Reference):
+        def apply(self, *args):
+            made.append(super().apply(*args))
+            return made[-1]
+
+    monkeypatch.setattr("evenkeel.ops.load", lambda _: Spy())
+    x = LAYOUTS[layout](BASE).clone()
+    y, _, _ = norm(x, None, None, None, None, None, [1], EPS, "none", 0.0, "reference")
+    assert y.stride() == x.stride()
+    assert y.data_ptr() == made[0].data_ptr()
 
 
 def _strides(t: Tensor) -> list[int]:

@@ -26,6 +26,7 @@ MEANINGS = [
     ("n (g c) h w -> (g c)", [("g", "c")], [("g", "c")], True, ["g", "c"]),
     ("n c h w -> (c h) w", [("c", "h"), ("w",)], [("c", "h"), ("w",)], True, list("chw")),
     ("(t b) c h w -> t c", [("t",), ("c",)], [("c",)], False, ["c"]),
+    ("(t b) c h w -> b c", [("b",), ("c",)], [("c",)], False, ["c"]),
     ("(t b) c h w -> c", [("c",)], [("c",)], True, ["c"]),
     ("n ... -> ...", [("...",)], [("...",)], True, ["..."]),
 ]
@@ -154,6 +155,7 @@ REFUSED = [
     ("... c -> c", "must begin with the batch axis"),
     ("n c h w -> d", r"axis 'd' on the right of 'n c h w -> d' is not on the left \(n, c, h, w\)"),
     ("n c h w -> n c h w", "keeps every axis, so each mean would be of one value"),
+    ("n (g c) -> n g c", "keeps every axis, so each mean would be of one value"),
     ("n c n -> c", "axis 'n' stands twice on the left of 'n c n -> c'"),
     ("n c -> c c", "axis 'c' stands twice on the right"),
     ("n ... ... -> n", "axis '...' stands twice on the left"),
@@ -206,6 +208,7 @@ MISFITS = [
     ("n (g c) -> g", (4, 6), {"g": 0}, r"g=0 but got \(4, 6\): 6 does not split into \(g c\)"),
     ("n (g c) -> g", (4, 6), {"g": 2, "c": 2}, r"g=2, c=2 but got .* 6 does not split"),
     ("n c -> c", (4, 6), {"c": 3}, r"'n c -> c' was built for c=3 but got \(4, 6\)$"),
+    ("n c h w -> c h w", (8, 4, 3, 3), {"c": 5}, r"was built for c=5 but got \(8, 4, 3, 3\)$"),
     (
         "n c h w -> c h w",
         (8, 16, 28, 28),

@@ -168,6 +168,16 @@ def test_dense_memory_needs_no_copy(x: Tensor, sizes: tuple[int, ...]) -> None:
     assert view.fold(x).data_ptr() == x.data_ptr()
 
 
+def test_sizes_of_one_are_in_nobodys_way() -> None:
+    """They neither split a run nor make two layouts of one memory differ."""
+    assert logical_view((1, 1, 1, 5), [1, 3]).sizes == (1, 1, 5, 1)
+    assert logical_view((2, 1, 3, 1, 5), [1, 3]).sizes == (1, 1, 1, 30)
+    assert logical_view((2, 3, 1, 5), [1, 3]).sizes == (1, 2, 15, 1)
+    strides = [(6, 1, 77, 3), (6, 1, 3, 77), (6, 1, 1, 1), (6, 1, 6, 6), (6, 1, 0, 0)]
+    views = {view_of((5, 6, 1, 1), given, [1]) for given in strides}
+    assert len(views) == 1
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0)])
 def test_empty_tensors_have_a_view(shape: tuple[int, ...]) -> None:
     x = torch.empty(shape)

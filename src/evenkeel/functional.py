@@ -227,6 +227,8 @@ def _activation(activation: str | tuple[str, float] | None) -> Activation:
     name, slope = activation if isinstance(activation, tuple) else (activation or "none", None)
     if name not in _SLOPES:
         raise ConfigError(f"unknown activation '{name}'; choose one of {', '.join(_SLOPES)}")
+    if slope is not None and name != "leaky_relu":
+        raise ConfigError(f"activation '{name}' takes no slope but got {slope}; write '{name}'")
     return Activation(name, _SLOPES[name] if slope is None else slope)
 
 

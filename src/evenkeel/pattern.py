@@ -196,7 +196,7 @@ class NormSpec:
         text = f"'{self}' was built for {given} but got {tuple(shape)}"
         if len(group) > 1:
             return f"{text}: {size} does not split into ({' '.join(group)})"
-        if set(_flat(self.owners)) - set(_flat(self.axes[:2])):
+        if set(group) & set(_flat(self.owners)) - set(_flat(self.axes[:2])):
             text += "; a norm that owns places fixes the image size"
         return text
 

@@ -89,9 +89,12 @@ def view_of(shape: Sequence[int], strides: Sequence[int], kept: Sequence[int]) -
         shape, strides: of the tensor, in elements.
         kept: the dimensions that own a statistic.
     """
-    # The stride of a dimension of size 1 means nothing, so such dimensions go first.
-    order = sorted(range(len(shape)), key=lambda d: (shape[d] != 1, -strides[d], d))
-    if not _is_dense([d for d in order if shape[d] != 1], shape, strides):
+    # The stride of a dimension of size 1 means nothing, so such dimensions go first, as they come.
+    ones = [d for d, size in enumerate(shape) if size == 1]
+    rest = [d for d, size in enumerate(shape) if size != 1]
+    rest.sort(key=lambda d: -strides[d])
+    order = ones + rest
+    if not _is_dense(rest, shape, strides):
         return None
     return _merge(order, shape, kept)
 
