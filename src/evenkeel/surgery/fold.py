@@ -7,7 +7,6 @@ and ``t = bias - mean * s``; a linear layer before it absorbs the map: ``W' = s 
 
 from __future__ import annotations
 
-import copy
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,8 +14,18 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import SurgeryError
-from ..nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Norm
-from .graph import NORMS, is_layer, is_norm, module_of, shape_of, trace
+from ..nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Norm, PerActivationBatchNorm
+from .graph import (
+    LAYERS,
+    NORMS,
+    copied,
+    is_norm,
+    module_of,
+    name_of,
+    rank_expected,
+    shape_of,
+    trace,
+)
 
 __all__ = ["FoldReport", "fold", "folded_weights", "skip_norms"]
 
@@ -85,8 +94,8 @@ def fold(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, FoldReport]
         SurgeryError: the model cannot be traced, or the folded copy's outputs differ by more than
             the budget; the given model is untouched in any case.
     """
-    original = copy.deepcopy(model).eval()
-    traced = trace(original, example)
+    original = copied(model).eval()
+    traced = trace(original, example, inference=True)
     folded: list[tuple[str, str]] = []
     left: list[tuple[str, str]] = []
     for node in list(traced.graph.nodes):
@@ -94,7 +103,7 @@ def fold(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, FoldReport]
             continue
         reason = _refusal(node)
         if reason is not None:
-            left.append((str(node.target), reason))
+            left.append((name_of(node), reason))
             continue
         before = node.all_input_nodes[0]
         _absorb(before, node)
@@ -108,70 +117,83 @@ def fold(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, FoldReport]
     if not difference <= BUDGET * scale:
         raise SurgeryError(
             f"folding changed the output by {difference:.2e} where {BUDGET * scale:.2e} is "
-            "allowed; nothing was changed; the usual cause is a tiny running variance"
+            "allowed; nothing was changed; the usual causes are a running mean far above the "
+            "deviation and half precision (fold in float32, then convert)"
         )
     return traced, FoldReport(tuple(folded), tuple(left), difference, scale, BUDGET)
 
 
 def skip_norms(model: nn.Module) -> nn.Module:
     """A copy of the network whose norms do nothing: the mistake of leaving out BN at inference."""
-    own = copy.deepcopy(model)
-    for name, module in list(own.named_modules()):
+    own = copied(model)
+    for name, module in list(own.named_modules(remove_duplicate=False)):
         if isinstance(module, NORMS):
             own.set_submodule(name, nn.Identity())
     return own
 
 
 _KNOWN = (
-    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNorm1d, BatchNorm2d, BatchNorm3d,
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
+    BatchNorm1d, BatchNorm2d, BatchNorm3d, Norm, PerActivationBatchNorm,
+    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,
+    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
-"""Classes whose forward is batch norm and nothing else; a subclass may do more."""
+"""Classes that do what their name says and nothing else; a subclass may do more."""
 
 
 def _refusal(node: fx.Node) -> str | None:
     """Why the norm cannot be folded into what is before it, or None."""
-    value = node.all_input_nodes[0]
-    reason = _not_a_map(module_of(node), shape_of(value))
+    norm, value = module_of(node), node.all_input_nodes[0]
+    if norm is None:
+        return "it is a function, not a module"
+    reason = _not_a_map(norm, shape_of(value))
     if reason is not None:
         return reason
-    if not is_layer(value):
-        return f"its input comes from '{value.name}', which is not a conv or dense layer"
     layer = module_of(value)
+    if not isinstance(layer, LAYERS):
+        return f"its input comes from '{value.name}', which is not a conv or dense layer"
     if len(value.users) > 1:
         others = sorted(user.name for user in value.users if user is not node)
         return f"the output of '{value.target}' is also used by {', '.join(others)}"
-    for called in (value, node):
-        if _calls(called) > 1:
-            return f"'{called.target}' is called more than once"
-    if isinstance(layer, nn.Linear) and len(shape_of(value)) != 2:
-        return (
-            f"'{value.target}' gives {len(shape_of(value))}-D values, so channels are not its last"
-        )
+    for called, module in ((value, layer), (node, norm)):
+        if type(module) not in _KNOWN:
+            return (
+                f"'{called.target}' is a {type(module).__name__}, which may do more than its base"
+            )
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"'{called.target}' has hooks, which may change what it computes"
+        if _uses(called) > 1:
+            return f"'{called.target}' is used more than once"
+    if len(shape_of(value)) != rank_expected(value):
+        return f"channels are not the second axis of what '{value.target}' gives"
     if isinstance(layer, nn.modules.conv._ConvTransposeNd) and layer.groups > 1:
         return f"'{value.target}' is a transposed convolution with groups"
     return None
 
 
-def _not_a_map(norm: nn.Module | None, shape: tuple[int, ...]) -> str | None:
+def _not_a_map(norm: nn.Module, shape: tuple[int, ...]) -> str | None:
     """Why the norm is no fixed map of each channel in inference, or None."""
     if isinstance(norm, Norm):
         if not norm.spec.averages_batch:
             return "each sample has its own statistics"
-        if norm.spec.bind(shape, norm.sizes).kept != (1,) or (
-            norm.spec.affine is not None and not norm.spec.affine_is_owners
-        ):
-            return "its scale and shift differ from place to place, a layer's weights do not"
+        bound = norm.spec.bind(shape, norm.sizes)
+        if len(norm.spec.axes[1]) > 1 or {*bound.kept, *bound.affine} - {1}:
+            return "its scale and shift are not one number for each channel"
     elif not isinstance(norm, nn.modules.batchnorm._BatchNorm):
         return "each sample has its own statistics"
-    elif type(norm) not in _KNOWN:
-        return f"{type(norm).__name__} may do more than batch norm"
     if norm.running_mean is None or norm.running_var is None:
         return "it has no running statistics"
     return None
 
 
-def _calls(node: fx.Node) -> int:
-    return sum(n.op == "call_module" and n.target == node.target for n in node.graph.nodes)
+def _uses(node: fx.Node) -> int:
+    """How often the network calls the node's module or reads one of its weights."""
+    name = str(node.target)
+    return sum(
+        (other.op == "call_module" and other.target == name)
+        or (other.op == "get_attr" and str(other.target).startswith(f"{name}."))
+        for other in node.graph.nodes
+    )
 
 
 def _absorb(value: fx.Node, node: fx.Node) -> None:
@@ -185,6 +207,8 @@ def _absorb(value: fx.Node, node: fx.Node) -> None:
     if norm.bias is not None:
         shift = shift + norm.bias.double()
     axis = int(isinstance(layer, nn.modules.conv._ConvTransposeNd))
+    channels = layer.weight.shape[axis]
+    scale, shift = scale.expand(channels), shift.expand(channels)
     with torch.no_grad():
         weight, bias = folded_weights(layer.weight, layer.bias, scale, shift, axis)
     layer.weight = nn.Parameter(weight)
@@ -197,4 +221,6 @@ def _compare(a: nn.Module, b: nn.Module, example: Tensor) -> tuple[float, float]
         first, second = a(example), b(example)
     if not isinstance(first, Tensor):
         raise SurgeryError(f"the network gives {type(first).__name__}, not one tensor, to compare")
+    if first.numel() == 0:
+        raise SurgeryError("the example gives no output to compare; give a batch of real inputs")
     return float((first - second).abs().max()), float(first.abs().max())

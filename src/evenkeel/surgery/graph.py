@@ -4,77 +4,172 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from ..errors import SurgeryError
-from ..nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Norm
+from ..nn import Norm
 
-__all__ = ["is_activation", "is_addition", "is_layer", "is_norm", "is_pooling", "shape_of", "trace"]
+__all__ = [
+    "LAYERS",
+    "NORMS",
+    "add_module",
+    "copied",
+    "is_activation",
+    "is_layer",
+    "is_norm",
+    "is_pooling",
+    "module_of",
+    "name_of",
+    "rank_expected",
+    "shape_of",
+    "trace",
+]
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
-NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, Norm)
-OWN_NORMS = (BatchNorm1d, BatchNorm2d, BatchNorm3d, Norm)
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, Norm)
 
-_ACTIVATIONS: dict[str, tuple[type[nn.Module], ...]] = {
-    "module": (
-        nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU,
-        nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh,
-        nn.Softplus, nn.Softsign, nn.LogSigmoid,
-    ),
+_LAYER_NAMES = {
+    "linear", "conv1d", "conv2d", "conv3d",
+    "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
 }  # fmt: skip
+_NORM_NAMES = {"batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm"}
+_ACTIVATIONS = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU,
+    nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh,
+    nn.Softplus, nn.Softsign, nn.LogSigmoid,
+)  # fmt: skip
 _ACTIVATION_NAMES = {
     "relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "prelu", "elu", "elu_", "selu", "selu_",
-    "celu", "gelu", "silu", "mish", "sigmoid", "sigmoid_", "tanh", "tanh_", "hardswish",
-    "hardsigmoid", "hardtanh", "softplus", "softsign", "logsigmoid", "rrelu",
+    "celu", "celu_", "gelu", "silu", "mish", "sigmoid", "sigmoid_", "tanh", "tanh_", "hardswish",
+    "hardsigmoid", "hardtanh", "hardtanh_", "softplus", "softsign", "log_sigmoid", "rrelu",
+    "rrelu_",
 }  # fmt: skip
 _POOLINGS = (
     nn.modules.pooling._MaxPoolNd,
     nn.modules.pooling._AvgPoolNd,
     nn.modules.pooling._AdaptiveAvgPoolNd,
     nn.modules.pooling._AdaptiveMaxPoolNd,
+    nn.modules.pooling._LPPoolNd,
+    nn.FractionalMaxPool2d,
+    nn.FractionalMaxPool3d,
 )
+_DROPOUTS: dict[Any, type[nn.Module]] = {
+    F.dropout: nn.Dropout,
+    F.dropout1d: nn.Dropout1d,
+    F.dropout2d: nn.Dropout2d,
+    F.dropout3d: nn.Dropout3d,
+    F.alpha_dropout: nn.AlphaDropout,
+    F.feature_alpha_dropout: nn.FeatureAlphaDropout,
+}
 
 
 class _Tracer(fx.Tracer):
-    """fx's tracer with our norms as leaves, like torch's own modules."""
+    """fx's tracer with every norm as a leaf, ours and subclasses of torch's too."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, OWN_NORMS) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, NORMS) or super().is_leaf_module(m, module_qualified_name)
 
 
-def trace(model: nn.Module, example: Tensor) -> fx.GraphModule:
-    """A traced deep copy of the model, every node with its output's shape for the example.
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, for every edit is made on one.
 
     Raises:
-        SurgeryError: torch.fx cannot trace the model, or the model cannot run the example.
+        SurgeryError: the model holds something that cannot be copied.
     """
-    own = copy.deepcopy(model)
     try:
-        graph = _Tracer().trace(own)
+        return copy.deepcopy(model)
     except Exception as error:
         raise SurgeryError(
-            f"{type(model).__name__} cannot be traced by torch.fx ({_first_line(error)}); rewrite "
-            "the control flow that depends on tensor values, or move it into a module of torch.nn"
+            f"{type(model).__name__} cannot be copied, so it is not edited: {_first_line(error)}"
         ) from error
-    traced = fx.GraphModule(own, graph, type(model).__name__)
-    modes = {name: module.training for name, module in traced.named_modules()}
+
+
+def trace(model: nn.Module, example: Tensor, *, inference: bool = False) -> fx.GraphModule:
+    """A traced deep copy of the model, every node with its output's shape for the example.
+
+    The graph serves training and inference: a functional dropout that asks for ``self.training``
+    becomes a module, for torch.fx writes the flag into the graph as it finds it.
+
+    Args:
+        model, example: the network and an input batch.
+        inference: the graph need not train, so what the network does in training is nobody's
+            concern.
+
+    Raises:
+        SurgeryError: the model cannot be copied or traced by torch.fx, does something else in
+            training than in inference outside of its modules, or cannot run the example.
+    """
+    kind = type(model).__name__
+    modes = {name: module.training for name, module in model.named_modules()}
+    traced = _traced(copied(model).eval(), kind)
+    if not inference:
+        _serve_both_modes(traced, _traced(copied(model).train(), kind), kind)
     traced.eval()
     try:
         with torch.no_grad():
             ShapeProp(traced).propagate(example)
     except Exception as error:
         raise SurgeryError(
-            f"{type(model).__name__} cannot run an input of shape {tuple(example.shape)}: "
-            f"{_first_line(error)}"
+            f"{kind} cannot run an input of shape {tuple(example.shape)}: {_first_line(error)}"
         ) from error
     for name, module in traced.named_modules():
-        module.training = modes[name]
+        module.training = modes.get(name, modes[""])
     return traced
+
+
+def _traced(own: nn.Module, kind: str) -> fx.GraphModule:
+    """The model with its graph in the mode that it is in."""
+    try:
+        return fx.GraphModule(own, _Tracer().trace(own), kind)
+    except Exception as error:
+        raise SurgeryError(
+            f"{kind} cannot be traced by torch.fx ({_first_line(error)}); rewrite "
+            "the control flow that depends on tensor values, or move it into a module of torch.nn"
+        ) from error
+
+
+def _serve_both_modes(traced: fx.GraphModule, training: fx.GraphModule, kind: str) -> None:
+    """Makes the graph of inference right for training too, by the graph of training."""
+    pairs = zip(traced.graph.nodes, training.graph.nodes, strict=False)
+    for node, other in [(a, b) for a, b in pairs if not _same(a, b)]:
+        dropout = _DROPOUTS.get(node.target)
+        if dropout is None or not _same(node, other, training=None):
+            raise SurgeryError(
+                f"{kind} does something else in training than in inference, or at every call "
+                f"(first at '{other.name}'), and a traced network has one forward; move what asks "
+                "for self.training or draws numbers into a module of torch.nn, such as nn.Dropout"
+            )
+        settings = {key: value for key, value in node.kwargs.items() if key != "training"}
+        with traced.graph.inserting_before(node):
+            name = add_module(traced, node.name, dropout(**settings))
+            node.replace_all_uses_with(traced.graph.call_module(name, node.args))
+        traced.graph.erase_node(node)
+    traced.recompile()
+
+
+def _same(a: fx.Node, b: fx.Node, **changes: None) -> bool:
+    """True if two nodes of two graphs do the same, some arguments changed in both."""
+    first, second = (f"{n.op} {n.target} {n.args} {n.kwargs | changes}" for n in (a, b))
+    if first == second and a.op == "get_attr":
+        values = [operator.attrgetter(str(n.target))(n.graph.owning_module) for n in (a, b)]
+        return not isinstance(values[0], Tensor) or torch.equal(values[0], values[1])
+    return first == second
+
+
+def add_module(traced: fx.GraphModule, base: str, module: nn.Module) -> str:
+    """Adds the module under the base name, or the base name and a number; returns which."""
+    name, taken = base, {name for name, _ in traced.named_modules(remove_duplicate=False)}
+    for number in range(2, len(taken) + 3):
+        if name not in taken:
+            break
+        name = f"{base}{number}"
+    traced.add_submodule(name, module)
+    return name
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
@@ -94,31 +189,37 @@ def module_of(node: fx.Node) -> nn.Module | None:
 
 
 def is_layer(node: fx.Node) -> bool:
-    """A convolution, transposed or not, or a dense layer."""
-    return isinstance(module_of(node), LAYERS)
+    """A convolution, transposed or not, or a dense layer: a module or a function."""
+    return isinstance(module_of(node), LAYERS) or _called(node) in _LAYER_NAMES
+
+
+def rank_expected(node: fx.Node) -> int:
+    """How many axes the output of a layer has if its input is a batch with channels second."""
+    module = module_of(node)
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return 2 + len(module.kernel_size)
+    digits = [int(letter) for letter in _called(node) if letter.isdigit()]
+    return 2 + sum(digits)
 
 
 def is_norm(node: fx.Node) -> bool:
-    """Any normalization, ours or torch's."""
-    return isinstance(module_of(node), NORMS)
+    """Any normalization, ours or torch's: a module or a function."""
+    return isinstance(module_of(node), NORMS) or _called(node) in _NORM_NAMES
 
 
 def is_activation(node: fx.Node) -> bool:
     """A non-linearity: a module, a function or a method."""
-    return isinstance(module_of(node), _ACTIVATIONS["module"]) or _called(node) in _ACTIVATION_NAMES
+    return isinstance(module_of(node), _ACTIVATIONS) or _called(node) in _ACTIVATION_NAMES
 
 
 def is_pooling(node: fx.Node) -> bool:
     """A pooling: a module or a function."""
-    name = _called(node)
-    return isinstance(module_of(node), _POOLINGS) or ("pool" in name and "_pool" in name)
+    return isinstance(module_of(node), _POOLINGS) or "_pool" in _called(node)
 
 
-def is_addition(node: fx.Node) -> bool:
-    """The sum of two tensors."""
-    functions: tuple[Callable[..., Any], ...] = (operator.add, operator.iadd, torch.add)
-    tensors = [argument for argument in node.args if isinstance(argument, fx.Node)]
-    return len(tensors) == 2 and (node.target in functions or _called(node) in ("add", "add_"))
+def name_of(node: fx.Node) -> str:
+    """What to call a node in a report: the module's name, or the node's own."""
+    return str(node.target) if node.op == "call_module" else node.name
 
 
 def _called(node: fx.Node) -> str:

@@ -6,12 +6,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
-from ..errors import ConfigError, SurgeryError
+from ..errors import ConfigError, PatternError, ShapeError, SurgeryError
 from ..nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Norm, PerActivationBatchNorm
 from ..pattern import DEFAULT, parse
-from .graph import is_activation, is_layer, is_norm, is_pooling, module_of, shape_of, trace
+from .graph import (
+    add_module,
+    is_activation,
+    is_layer,
+    is_norm,
+    is_pooling,
+    module_of,
+    name_of,
+    rank_expected,
+    shape_of,
+    trace,
+)
 
 __all__ = ["LAYER_KINDS", "PLACEMENTS", "STATISTICS", "Introduced", "introduce"]
 
@@ -68,7 +80,8 @@ def introduce(
 ) -> tuple[fx.GraphModule, Introduced]:
     """A copy of the network with fresh norms in it; the given model is not touched.
 
-    A bias of a layer whose output goes straight into a norm that subtracts it is dropped.
+    A bias of a layer whose output goes straight into a norm that subtracts it is dropped. No norm
+    goes behind the last layer of any branch, whose output is the logits.
 
     Args:
         model: a network without norms that torch.fx can trace.
@@ -82,18 +95,13 @@ def introduce(
         eps, momentum: of the norms.
 
     Raises:
-        ConfigError: an unknown placement or statistics.
-        SurgeryError: the model has norms already, cannot be traced, or has no such place.
+        ConfigError: an unknown placement, statistics or kind of layers, or ``every`` under 1.
+        SurgeryError: the model has norms already, cannot be traced, has layers whose channels are
+            not the second axis, or has no such place.
     """
-    if placement not in PLACEMENTS:
-        raise ConfigError(f"unknown placement '{placement}'; choose one of {', '.join(PLACEMENTS)}")
+    _check_choices(placement, layers, every)
     traced = trace(model, example)
-    found = [str(node.target) for node in traced.graph.nodes if is_norm(node)]
-    if found:
-        raise SurgeryError(
-            f"{type(model).__name__} has norms already ({', '.join(found[:3])}); give the network "
-            "without them, so that placements can be compared"
-        )
+    _check_network(traced, type(model).__name__)
     places = [p for p in _places(traced, placement) if layers in ("all", _kind(p[0]))][::every]
     if not places:
         raise SurgeryError(
@@ -102,19 +110,45 @@ def introduce(
         )
     dense = dense_statistics or ("layer" if statistics == "layer" else "spatial")
     norms: list[tuple[str, str]] = []
-    dropped: list[str] = []
     for value, user in places:
         shape = shape_of(value)
         chosen = statistics if len(shape) > 2 else dense
         norm = _build(chosen, shape, affine, eps, momentum)
-        norm.to(example.device).train(traced.training)
+        wide = torch.promote_types(value.meta["tensor_meta"].dtype, torch.float32)
+        norm.to(example.device, wide).train(traced.training)
         name = _insert(traced, value, user, norm)
         norms.append((name, f"{norm} on the {_role(value, user)}"))
-        if len(value.users) == 1 and _drop_bias(value, norm):
-            dropped.append(str(value.target))
+    dropped = _drop_biases(traced)
     traced.graph.lint()
     traced.recompile()
-    return traced, Introduced(tuple(norms), tuple(dropped))
+    return traced, Introduced(tuple(norms), dropped)
+
+
+def _check_choices(placement: str, layers: str, every: int) -> None:
+    for what, chosen, choices in (
+        ("placement", placement, PLACEMENTS),
+        ("layers", layers, LAYER_KINDS),
+    ):
+        if chosen not in choices:
+            raise ConfigError(f"unknown {what} '{chosen}'; choose one of {', '.join(choices)}")
+    if every < 1:
+        raise ConfigError(f"every is {every}; give 1 for every place, 2 for every other one")
+
+
+def _check_network(traced: fx.GraphModule, kind: str) -> None:
+    """Refuses a network whose places or channels cannot be told for sure."""
+    found = [name_of(node) for node in traced.graph.nodes if is_norm(node)]
+    if found:
+        raise SurgeryError(
+            f"{kind} has norms already ({', '.join(found[:3])}); give the network "
+            "without them, so that placements can be compared"
+        )
+    for node in traced.graph.nodes:
+        if is_layer(node) and len(shape_of(node)) != rank_expected(node):
+            raise SurgeryError(
+                f"'{name_of(node)}' of {kind} gives values of shape {shape_of(node)}, whose second "
+                f"axis is not its channels; {rank_expected(node)} axes, batch first, are expected"
+            )
 
 
 Place = tuple[fx.Node, fx.Node | None]
@@ -124,12 +158,17 @@ Place = tuple[fx.Node, fx.Node | None]
 def _places(traced: fx.GraphModule, placement: str) -> Sequence[Place]:
     nodes = list(traced.graph.nodes)
     layers = [node for node in nodes if is_layer(node)]
+    hidden: set[fx.Node] = set()  # what some layer comes behind; the rest are logits
+    for node in reversed(nodes):
+        if any(is_layer(user) or user in hidden for user in node.users):
+            hidden.add(node)
+    inner = [node for node in nodes if node in hidden] if layers else nodes
     of: dict[str, Callable[[], list[Place]]] = {
-        "before-activation": lambda: [(node, None) for node in layers[:-1]],
-        "after-activation": lambda: [(node, None) for node in nodes if is_activation(node)],
+        "before-activation": lambda: [(node, None) for node in inner if is_layer(node)],
+        "after-activation": lambda: [(node, None) for node in inner if is_activation(node)],
         "on-input": lambda: [(_input(node), node) for node in layers],
-        "after-pooling": lambda: [(node, None) for node in nodes if is_pooling(node)],
-        "after-addition": lambda: [(_input(n), n) for n in nodes if is_activation(n)],
+        "after-pooling": lambda: [(node, None) for node in inner if is_pooling(node)],
+        "after-addition": lambda: [(_input(n), n) for n in inner if is_activation(n)],
     }
     return of[placement]()
 
@@ -152,14 +191,8 @@ def _role(value: fx.Node, user: fx.Node | None) -> str:
 def _insert(traced: fx.GraphModule, value: fx.Node, user: fx.Node | None, norm: nn.Module) -> str:
     """Adds the module behind ``value`` and hands its output to the user or to all users."""
     anchor = value if user is None else user
-    base = str(anchor.target) if anchor.op == "call_module" else anchor.name
-    base += "_norm" if user is None else "_input_norm"
-    name, taken = base, dict(traced.named_modules())
-    for number in range(2, len(taken) + 3):
-        if name not in taken:
-            break
-        name = f"{base}{number}"
-    traced.add_submodule(name, norm)
+    base = name_of(anchor) + ("_norm" if user is None else "_input_norm")
+    name = add_module(traced, base, norm)
     users = list(value.users) if user is None else [user]
     with traced.graph.inserting_after(value):
         node = traced.graph.call_module(name, (value,))
@@ -169,17 +202,32 @@ def _insert(traced: fx.GraphModule, value: fx.Node, user: fx.Node | None, norm: 
     return name
 
 
-def _drop_bias(value: fx.Node, norm: nn.Module) -> bool:
-    """Drops the bias that the norm subtracts again: one value per channel, averaged per channel."""
-    layer = module_of(value)
-    if layer is None or not is_layer(value) or getattr(layer, "bias", None) is None:
+def _drop_biases(traced: fx.GraphModule) -> tuple[str, ...]:
+    """Drops each bias that norms subtract again at every call of its layer."""
+    calls: dict[str, list[fx.Node]] = {}
+    for node in traced.graph.nodes:
+        if node.op == "call_module" and is_layer(node):
+            calls.setdefault(str(node.target), []).append(node)
+        elif node.op == "get_attr":  # a weight or a bias that is used in another way, too
+            calls.setdefault(str(node.target).rpartition(".")[0], []).append(node)
+    dropped: list[str] = []
+    for name, nodes in calls.items():
+        layer = traced.get_submodule(name)
+        if layer._parameters.get("bias") is not None and all(map(_bias_is_subtracted, nodes)):
+            layer.register_parameter("bias", None)
+            dropped.append(name)
+    return tuple(dropped)
+
+
+def _bias_is_subtracted(value: fx.Node) -> bool:
+    """True if the value goes into one norm and nothing else, and that has a mean per channel."""
+    users = list(value.users)
+    norm = module_of(users[0]) if len(users) == 1 and is_norm(users[0]) else None
+    if norm is None or not is_layer(value):
         return False
-    if isinstance(norm, Norm):
-        owners = {name for group in norm.spec.owners for name in group}
-        if not norm.spec.averages_batch or "c" not in owners:
-            return False
-    layer.register_parameter("bias", None)
-    return True
+    if not isinstance(norm, Norm):
+        return True
+    return set(norm.spec.axes[1]) <= {name for group in norm.spec.owners for name in group}
 
 
 def _build(
@@ -190,24 +238,28 @@ def _build(
     if rank not in _NAMES:
         raise SurgeryError(f"a value of shape {shape} has no batch and channel axes to normalize")
     axes = _NAMES[rank]
-    sizes = dict(zip(axes.split()[1:], shape[1:], strict=True))
+    pattern, affine_axes = statistics, DEFAULT
     if statistics == "spatial":
         return _SPATIAL[rank](shape[1], eps, momentum, affine)
     if statistics == "per-activation":
         return PerActivationBatchNorm(shape[1:], eps, momentum, affine)
     if statistics == "per-location" and rank > 2:
-        pattern, affine_axes = f"{axes} -> {axes[4:]}", DEFAULT
+        pattern = f"{axes} -> {axes[4:]}"
     elif statistics == "layer":
         pattern, affine_axes = f"{axes} -> n", "c"
-    elif "->" in statistics:
-        pattern, affine_axes = statistics, DEFAULT
-        sizes = {name: sizes[name] for name in parse(statistics).fixed if name in sizes}
-    else:
+    elif "->" not in statistics:
         names = ", ".join(STATISTICS)
         raise ConfigError(
             f"unknown statistics '{statistics}' for a value of shape {shape}; choose one of "
             f"{names}, or write a pattern such as 'n c h w -> c'"
         )
-    sizes_given: dict[str, Any] = sizes
     chosen = affine_axes if affine else None
-    return Norm(pattern, chosen, eps=eps, momentum=momentum, **sizes_given)
+    try:
+        bound = parse(pattern, chosen).bind(shape)
+        sizes: dict[str, Any] = dict(zip(bound.names, bound.shape, strict=True))
+        fixed = {name: sizes[name] for name in parse(pattern, chosen).fixed if name in sizes}
+        return Norm(pattern, chosen, eps=eps, momentum=momentum, **fixed)
+    except (PatternError, ShapeError) as error:
+        raise ConfigError(
+            f"statistics '{statistics}' do not fit a value of shape {shape}: {error}"
+        ) from error
