@@ -167,7 +167,8 @@ def _inference_answer(q: Question, ways: FourWays | None) -> Answer:
     drop = ways.drop
     known = drop.p_corrected < LEVEL
     start = "No" if known and drop.accuracy.mean > 0 else "This study cannot tell"
-    low, high = drop.accuracy.low or drop.accuracy.mean, drop.accuracy.high or drop.accuracy.mean
+    mean, low, high = drop.accuracy.mean, drop.accuracy.low, drop.accuracy.high
+    low, high = mean if low is None else low, mean if high is None else high
     sentence = (
         f"{start}: without its norms '{ways.arm}' goes from {percent(ways.running.mean)} to "
         f"{percent(ways.skipped.mean)}, a loss of {points(drop.accuracy.mean)} (95 % interval "

@@ -71,6 +71,8 @@ class Report:
         answers: one for each question, numbered from 1.
         arms, curves, bands: one for each arm (a curve or band only where a trial has one).
         highlights: the arms that a figure shows at first.
+        pair: an arm without and one with batch norm, else equal, whose bands to show side by side:
+            with sigmoids if there are such, as in the paper's figure 1; None without two bands.
         rates, batches: accuracy against learning rate and against batch size.
         inference: the four ways of inference for each arm that has them.
         best: the arm of the inference answer, or None.
@@ -93,6 +95,7 @@ class Report:
     curves: tuple[Curve, ...]
     bands: tuple[Band, ...]
     highlights: tuple[str, ...]
+    pair: tuple[str, str] | None
     rates: tuple[Line, ...]
     batches: tuple[Line, ...]
     inference: tuple[FourWays, ...]
@@ -110,7 +113,7 @@ class Report:
 def build(plan: Plan, trials: Sequence[Trial]) -> Report:
     """The report of a plan's finished trials."""
     curves = (curve(trials, arm.name) for arm in plan.arms)
-    bands = (_band(trials, arm.name) for arm in plan.arms)
+    bands = [band for arm in plan.arms if (band := _band(trials, arm.name)) is not None]
     best = best_of(plan, trials)
     return Report(
         name=plan.name,
@@ -125,8 +128,9 @@ def build(plan: Plan, trials: Sequence[Trial]) -> Report:
         answers=tuple(answers(plan, trials)),
         arms=tuple(summarize(plan, trials)),
         curves=tuple(each for each in curves if each is not None),
-        bands=tuple(each for each in bands if each is not None),
+        bands=tuple(bands),
         highlights=_highlights(plan),
+        pair=_pair(plan, {band.arm for band in bands}),
         rates=_lines(plan, trials, "learning_rate"),
         batches=_lines(plan, trials, "batch_size"),
         inference=tuple(four_ways(plan, trials)),
@@ -153,6 +157,26 @@ def _highlights(plan: Plan) -> tuple[str, ...]:
     base = plan.baseline_arm
     near = [a for a in plan.arms if set(a.difference(base)) <= {"placement"}]
     return tuple(arm.name for arm in near[:6])
+
+
+def _pair(plan: Plan, drawn: set[str]) -> tuple[str, str] | None:
+    """Without and with batch norm: sigmoids first, then the baseline, then the usual place."""
+    places = {arm.placement for arm in plan.arms} - {"none"}
+    found = [
+        (a, b)
+        for place in places
+        for a, b in differing_in(plan, "placement", "none", place)
+        if {a.name, b.name} <= drawn
+    ]
+
+    def rank(pair: tuple[Arm, Arm]) -> tuple[object, ...]:
+        a, b = pair
+        usual = b.placement != "before-activation"
+        based = plan.baseline not in (a.name, b.name)
+        return a.activation != "sigmoid", based, usual, a.name, b.name
+
+    best = min(found, key=rank, default=None)
+    return None if best is None else (best[0].name, best[1].name)
 
 
 def _band(trials: Sequence[Trial], name: str) -> Band | None:
