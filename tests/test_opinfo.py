@@ -76,7 +76,7 @@ def test_a_wrong_answer_is_seen() -> None:
     raise AssertionError("no sample trains")
 
 
-ONE_VALUE = [(1, 3), (1, 3, 1), (1, 3, 1, 1), (1, 1, 1, 1, 1)]
+ONE_VALUE = [(1, 3), (1, 3, 1), (1, 3, 1, 1), (1, 1, 1, 1, 1), (1, 0)]
 
 
 @pytest.mark.parametrize("shape", ONE_VALUE, ids=str)

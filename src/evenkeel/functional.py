@@ -144,7 +144,7 @@ def normalize(
     _check_shapes(spec, bound, x, weight, bias, running_mean, running_var, residual)
     from_batch = training or not spec.averages_batch
     if from_batch:
-        _check_count(spec, bound, x)
+        _check_count(spec, bound, tuple(x.shape))
         groups = _torch_groups(spec, bound, plain=weight is None and bias is None)
         if groups is not None and backend == "auto":
             y = F.group_norm(x, groups, weight, bias, eps)
@@ -293,10 +293,10 @@ def _check_shapes(
         )
 
 
-def _check_count(spec: NormSpec, bound: Bound, x: Tensor) -> None:
-    if bound.count == 1 and x.numel() > 0:
+def _check_count(spec: NormSpec, bound: Bound, shape: tuple[int, ...]) -> None:
+    if bound.count == 1:
         raise ShapeError(
-            f"'{spec}' on {tuple(x.shape)} averages over {', '.join(bound.averaged)}: one value "
+            f"'{spec}' on {shape} averages over {', '.join(bound.averaged)}: one value "
             "per owner, whose variance is zero; use a larger batch (drop_last=True for the last "
             "one), eval mode, or a pattern that averages more axes"
         )
