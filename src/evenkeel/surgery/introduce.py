@@ -260,6 +260,4 @@ def _build(
         fixed = {name: sizes[name] for name in parse(pattern, chosen).fixed if name in sizes}
         return Norm(pattern, chosen, eps=eps, momentum=momentum, **fixed)
     except (PatternError, ShapeError) as error:
-        raise ConfigError(
-            f"statistics '{statistics}' do not fit a value of shape {shape}: {error}"
-        ) from error
+        raise ConfigError(f"{error} (asked for on a value of shape {shape})") from error
