@@ -127,6 +127,10 @@ TORCHS = {
         *("(g c)", {"g": 2}),
         *(lambda x, w, b: F.instance_norm(x, None, None, w, b), True),
     ),
+    "(t b) c h w -> t b c": (
+        *("c", {"t": 2}),
+        *(lambda x, w, b: F.instance_norm(x, None, None, w, b), True),
+    ),
     "n c h w -> n": ("c", None, lambda x, w, b: F.group_norm(x, 1, w, b), True),
     "n ... -> n": ("...", None, lambda x, w, b: F.layer_norm(x, (6, 3, 5), w, b), False),
     "n c h w -> n h w": (
@@ -176,6 +180,15 @@ def test_layer_instance_and_group_norm_are_torchs(
     for mine, reference, theirs in zip(*outcomes, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=rtol, atol=atol)
         torch.testing.assert_close(reference, theirs, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("pattern", ["n c h w -> n c", "n c h w -> n h w"])
+def test_norms_of_a_sample_are_the_same_in_inference(pattern: str, backend: str) -> None:
+    training, inference = (
+        normalize(X, pattern, training=mode, backend=backend) for mode in (True, False)
+    )
+    assert torch.equal(training, inference)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

@@ -210,7 +210,7 @@ def _torch_groups(spec: NormSpec, bound: Bound, *, plain: bool) -> int | None:
     """
     channel = spec.axes[1:2]
     owners = tuple(name for group in spec.owners for name in group)
-    if channel == (("...",),) or len(spec.batch) != 1 or not (plain or spec.affine == channel):
+    if channel == (("...",),) or not (plain or spec.affine == channel):
         return None
     sizes = dict(zip(bound.names, bound.shape, strict=True))
     candidates: list[tuple[str, ...]] = [(), *(channel[0][:end] for end in (1, 2) if channel)]
