@@ -97,13 +97,13 @@ def fold(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, FoldReport]
     original = copied(model).eval()
     traced = trace(original, example, inference=True)
     folded: list[tuple[str, str]] = []
-    left: list[tuple[str, str]] = []
+    left: dict[str, str] = {}  # a norm called twice is one norm
     for node in list(traced.graph.nodes):
         if not is_norm(node):
             continue
         reason = _refusal(node)
         if reason is not None:
-            left.append((name_of(node), reason))
+            left.setdefault(name_of(node), reason)
             continue
         before = node.all_input_nodes[0]
         _absorb(before, node)
@@ -120,7 +120,7 @@ def fold(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, FoldReport]
             "allowed; nothing was changed; the usual causes are a running mean far above the "
             "deviation and half precision (fold in float32, then convert)"
         )
-    return traced, FoldReport(tuple(folded), tuple(left), difference, scale, BUDGET)
+    return traced, FoldReport(tuple(folded), tuple(left.items()), difference, scale, BUDGET)
 
 
 def skip_norms(model: nn.Module) -> nn.Module:
@@ -151,9 +151,9 @@ def _refusal(node: fx.Node) -> str | None:
         return reason
     layer = module_of(value)
     if not isinstance(layer, LAYERS):
-        return f"its input comes from '{value.name}', which is not a conv or dense layer"
+        return f"its input comes from '{name_of(value)}', which is not a conv or dense layer"
     if len(value.users) > 1:
-        others = sorted(user.name for user in value.users if user is not node)
+        others = sorted(name_of(user) for user in value.users if user is not node)
         return f"the output of '{value.target}' is also used by {', '.join(others)}"
     for called, module in ((value, layer), (node, norm)):
         if type(module) not in _KNOWN:

@@ -185,7 +185,7 @@ def _kind(value: fx.Node) -> str:
 
 
 def _role(value: fx.Node, user: fx.Node | None) -> str:
-    return f"output of {value.name}" if user is None else f"input of {user.name}"
+    return f"output of {name_of(value)}" if user is None else f"input of {name_of(user)}"
 
 
 def _insert(traced: fx.GraphModule, value: fx.Node, user: fx.Node | None, norm: nn.Module) -> str:
