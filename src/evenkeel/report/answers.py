@@ -104,8 +104,9 @@ def _answer(plan: Plan, trials: Sequence[Trial], q: Question) -> Answer:
         return Answer(4, q.text, "exact", _backward_sentence(facts), (), "", q.background, facts)
     if q.number == 5:
         return _inference_answer(q, best_of(plan, trials))
-    found = _evidence(plan, trials, q.contrasts(plan))
-    sentence = found[0].sentence if found else "This study has no arms that differ in this alone."
+    contrasts = q.contrasts(plan)
+    found = _evidence(plan, trials, contrasts)
+    sentence = found[0].sentence if found else _nothing(contrasts)
     verdict = "cannot tell" if not found or found[0].verdict == "unclear" else "answered"
     modes = mode_facts() if q.number == 2 else None
     if modes is not None:
@@ -116,14 +117,26 @@ def _answer(plan: Plan, trials: Sequence[Trial], q: Question) -> Answer:
         verdict,
         sentence,
         tuple(found),
-        _next_step(plan, q, found[0] if found else None) if verdict == "cannot tell" else "",
+        _next_step(plan, q, contrasts, found[0] if found else None)
+        if verdict == "cannot tell"
+        else "",
         q.background,
         modes=modes,
     )
 
 
-def _next_step(plan: Plan, q: Question, found: Evidence | None) -> str:
+def _nothing(contrasts: Sequence[Contrast]) -> str:
+    if contrasts:
+        return "This study has arms that differ in this alone, but no two finished seeds of both."
+    return "This study has no arms that differ in this alone."
+
+
+def _next_step(
+    plan: Plan, q: Question, contrasts: Sequence[Contrast], found: Evidence | None
+) -> str:
     """What would tell."""
+    if found is None and contrasts:
+        return "More finished trials of these arms."
     if found is None:
         return f"Run: evenkeel study --preset {q.preset}"
     seeds = found.comparison.seeds_to_tell()

@@ -6,7 +6,7 @@ from typing import Any
 
 from .build import Band, Report
 from .markup import Cell, Column, Table
-from .plots import Figure, axis, base_layout, finite
+from .plots import Figure, axis, base_layout, finite, label
 
 __all__ = ["bands"]
 
@@ -69,6 +69,7 @@ def _layouts(*, two: bool) -> tuple[dict[str, Any], dict[str, Any]]:
 def _choice(band: Band) -> dict[str, Any]:
     return {
         "name": band.arm,
+        "title": label(band.arm),
         "x": list(band.steps),
         "low": finite(band.low),
         "middle": finite(band.middle),

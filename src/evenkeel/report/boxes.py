@@ -25,8 +25,8 @@ def box(report: Report, answer: Answer) -> str:
     wide = "" if first else " alone"
     parts = [
         f'<article class="box" id="{key}" aria-labelledby="{key}-title">',
-        f'<h3 id="{key}-title"><a class="count" href="#{key}">{answer.number}</a> '
-        f"<span>{escape(answer.question)}</span> {_badge(answer.verdict)}</h3>",
+        f'<h3 id="{key}-title"><a class="count" href="#{key}">{answer.number} </a>'
+        f"{escape(answer.question)} {_badge(answer.verdict)}</h3>",
         f'<div class="claim{wide}"><p class="sentence">{prose(answer.sentence)}</p>{first}</div>',
         _further(answer.evidence[1:], bound),
         _scale(bound) if answer.evidence else "",
@@ -69,11 +69,14 @@ def _tables(report: Report, answer: Answer) -> str:
 def _folds(best: FourWays, found: Sequence[FourWays]) -> str:
     """How many norms fold, how exactly, and why others stay."""
     norms = best.folded_norms + best.left_norms
-    text = (
-        f"<p>'{prose(best.arm)}': {best.folded_norms} of {norms} norms folded, "
-        f"{best.left_norms} left; largest difference of a logit {best.difference:.1e}, which is "
-        f"{best.relative:.1e} of the largest logit.</p>"
+    facts = (
+        ("Norms folded", f"{best.folded_norms} of {norms}"),
+        ("Norms left", str(best.left_norms)),
+        ("Largest difference of a logit", f"{best.difference:.1e}"),
+        ("The same, of the largest logit", f"{best.relative:.1e}"),
     )
+    items = "".join(f"<div><dt>{dt}</dt><dd>{prose(dd)}</dd></div>" for dt, dd in facts)
+    text = f'<dl class="facts">{items}</dl>'
     staying = [each for each in found if each.left_norms]
     if not staying:
         return text
@@ -90,27 +93,41 @@ def _folds(best: FourWays, found: Sequence[FourWays]) -> str:
 
 
 def strip(i: Interval, bound: float) -> str:
-    """A difference and its interval as a small drawing; the sentence beside it has the numbers."""
+    """A difference and its interval as a small drawing; the sentence beside it has the numbers.
+
+    What lies outside of the bound is an arrow at the edge.
+    """
 
     def x(share: float) -> str:
         return f"{_WIDTH * (0.5 + 0.48 * max(-1.0, min(1.0, share / bound))):.1f}"
 
-    middle, zone = _HEIGHT / 2, 0.48 * _WIDTH * ALIKE / bound
+    middle, zone = _HEIGHT / 2, 0.48 * _WIDTH * min(1.0, ALIKE / bound)
     low, high = (i.mean if edge is None else edge for edge in (i.low, i.high))
+    mark = f'<path class="span" d="M{x(low)} {middle}H{x(high)}"/>'
+    if abs(i.mean) <= bound:
+        mark += f'<circle class="mean" cx="{x(i.mean)}" cy="{middle}" r="4"/>'
+    if low < -bound * 1.001:
+        mark += f'<path class="out" d="M8 {middle - 5}L1 {middle}L8 {middle + 5}Z"/>'
+    if high > bound * 1.001:
+        edge = _WIDTH - 1
+        mark += f'<path class="out" d="M{edge - 7} {middle - 5}L{edge} {middle}l-7 5Z"/>'
     return (
         f'<svg class="strip" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" '
         f'height="{_HEIGHT}" aria-hidden="true" focusable="false">'
         f'<rect class="zone" x="{_WIDTH / 2 - zone:.1f}" y="0" width="{2 * zone:.1f}" '
         f'height="{_HEIGHT}"/><path class="zero" d="M{_WIDTH / 2} 0V{_HEIGHT}"/>'
-        f'<path class="span" d="M{x(low)} {middle}H{x(high)}"/>'
-        f'<circle class="mean" cx="{x(i.mean)}" cy="{middle}" r="4"/></svg>'
+        f"{mark}</svg>"
     )
 
 
 def _bound(intervals: Sequence[Interval]) -> float:
-    """A round share of points that holds all intervals, at least one point."""
-    edges = [abs(v) for i in intervals for v in (i.mean, i.low, i.high) if v is not None]
-    most = max([0.01, *edges]) * 100
+    """A round share of points, at least one, that holds the intervals.
+
+    The first one decides: others may reach to four times it, and are cut off beyond that.
+    """
+    edges = [max(abs(v) for v in (i.mean, i.low, i.high) if v is not None) for i in intervals]
+    reach = max([0.01, *edges[:1]])
+    most = 100 * max([reach, *(edge for edge in edges if edge <= 4 * reach)])
     power = 10 ** math.floor(math.log10(most))
     return float(next(step * power for step in (1, 2, 5, 10) if step * power >= most - 1e-9)) / 100
 

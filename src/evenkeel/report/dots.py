@@ -64,7 +64,8 @@ def finals(report: Report) -> Figure:
                 yaxis=_names_axis(names, report.baseline),
             ),
             "height": 80 + _ROW * len(known),
-            "narrow_height": 80 + 34 * len(known),
+            "narrow_height": 80 + 42 * len(known),
+            "lift": 0.16,
             "stretch": stretch(
                 "x", bounds([a for _, a in known]), on=max(means) - min(means) > WIDE_SPREAD
             ),
@@ -90,15 +91,16 @@ def _dots(known: Sequence[tuple[ArmSummary, Interval]], baseline: str) -> dict[s
         sure = arm.against is not None and arm.against.p_corrected < LEVEL
         return "circle" if sure else "circle-open"
 
+    colours = ["@c2" if arm.name == baseline else "@c1" for arm, _ in known]
     return {
         "x": [a.mean for _, a in known],
         "y": list(range(len(known))),
         "mode": "markers",
         "marker": {
-            "color": ["@c2" if arm.name == baseline else "@c1" for arm, _ in known],
+            "color": colours,
             "symbol": [symbol(arm) for arm, _ in known],
             "size": 10,
-            "line": {"width": 2},
+            "line": {"width": 2, "color": colours},
         },
         "text": [hover(arm.name, a, *_trouble(arm)) for arm, a in known],
         "hoverinfo": "text",
@@ -172,11 +174,12 @@ def ways(report: Report) -> Figure:
                 yaxis=_names_axis([each.arm for each in found], ""),
             ),
             "height": 80 + 36 * len(found),
-            "narrow_height": 80 + 44 * len(found),
+            "narrow_height": 80 + 62 * len(found),
+            "lift": 0.36,
             "stretch": stretch("x", bounds(intervals), on=max(means) - min(means) > WIDE_SPREAD),
         },
         table=ways_of_all(found),
-        legend=tuple(Entry(f"norms: {words}", _LOOKS[way], "mark") for way, words in WAYS),
+        legend=tuple(Entry(f"norms {words}", _LOOKS[way], "mark") for way, words in WAYS),
     )
 
 
@@ -195,7 +198,7 @@ def _way_traces(found: Sequence[FourWays], way: str, order: int) -> list[dict[st
             "marker": {"color": style.colour, "symbol": style.symbol, "size": 8},
             "name": words,
             "text": [
-                hover(each.arm, i, f"norms: {words}")
+                hover(each.arm, i, f"norms {words}")
                 for each, i in zip(found, intervals, strict=True)
             ],
             "hoverinfo": "text",

@@ -131,8 +131,10 @@ def sensitivity(key: str, found: Sequence[Line], looks: Mapping[str, Style]) -> 
     """Final accuracy against a setting, one line for each recipe that has several values of it."""
     title, setting = _TITLES[key], _SETTINGS[key]
     if not found:
-        text = f"Each recipe of this study has one {setting}; the preset {_PRESETS[key]} tries "
-        return Figure(key, title, missing=f"{text}several: evenkeel study --preset {_PRESETS[key]}")
+        preset = _PRESETS[key]
+        text = f"No recipe of this study has results at more than one {setting}; the preset "
+        command = f"{preset} tries several: evenkeel study --preset {preset}"
+        return Figure(key, title, missing=text + command)
     fallback = styles([str(place) for place in range(len(found))])
     named = [looks.get(line.label, fallback[str(n)]) for n, line in enumerate(found)]
     legend = [Entry(line.label, style, "point") for line, style in zip(found, named, strict=True)]

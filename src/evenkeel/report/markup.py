@@ -12,6 +12,11 @@ from typing import Any
 __all__ = ["Cell", "Column", "Table", "escape", "prose", "script_data", "table"]
 
 _COMMAND = re.compile(r"evenkeel (?:study|report)(?: --[a-z-]+(?: [\w.][\w./-]*)?)*")
+_OPTION = re.compile(r"--\S+(?: [^-\s]\S*)?")
+_EXPONENT = re.compile(r"\b(\d\.\d+)e([+-]\d+)\b")  # as this package writes small numbers
+_SUPERSCRIPTS = str.maketrans(
+    "-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079"
+)
 _NARROW = "\u202f"
 _FIXED = "\u00a0"
 
@@ -20,12 +25,14 @@ _FIXED = "\u00a0"
 class Cell:
     """What a table's cell says, what to sort it by, and one of '', 'muted', 'trouble', 'strong'.
 
-    ``detail`` is long text, such as an error, that opens on demand.
+    ``note`` is a second line in small; ``detail`` long text, such as an error, that opens on
+    demand.
     """
 
     text: str
     sort: float | None = None
     kind: str = ""
+    note: str = ""
     detail: str = ""
 
 
@@ -60,7 +67,8 @@ def prose(text: str) -> str:
     end = 0
     for found in _COMMAND.finditer(text):
         pieces.append(_set(text[end : found.start()]))
-        pieces.append(f'<code class="command">{escape(found[0])}</code>')
+        words = _OPTION.sub(r'<span class="whole">\g<0></span>', escape(found[0]))
+        pieces.append(f'<code class="command">{words}</code>')
         end = found.end()
     return "".join([*pieces, _set(text[end:])])
 
@@ -68,25 +76,35 @@ def prose(text: str) -> str:
 def _set(text: str) -> str:
     """Escaped text in which a number stays on the line of its unit, and negative is a minus."""
     text = re.sub(r"(?<=\d) %", f"{_NARROW}%", text)
+    text = _EXPONENT.sub(_power, text)
+    text = re.sub(r"(?<=\w) - (?=\d)", f"{_FIXED}\u2212{_FIXED}", text)
+    text = re.sub(r"(?<=\d) \* (?=\w)", f"{_FIXED}\u00d7{_FIXED}", text)
     text = re.sub(r"\bp ([=<]) (?=\d)", rf"p{_FIXED}\1{_FIXED}", text)
     text = re.sub(r"(^|(?<=[\s(]))-(?=\d)", "\u2212", text)
     text = re.sub(r"(?<=\d) (?=points?\b|times\b|seeds?\b|steps?\b)", _FIXED, text)
     return escape(text)
 
 
+def _power(found: re.Match[str]) -> str:
+    """4.8e-07 as 4.8 times a power of ten."""
+    digits = str(int(found[2])).translate(_SUPERSCRIPTS)
+    return f"{found[1]}{_NARROW}\u00d7{_NARROW}10{digits}"
+
+
 def table(content: Table) -> str:
     """A table in a region of its own that scrolls by touch and by keyboard."""
     name = f"{content.key}-caption"
     head = "".join(
-        f'<th scope="col"{" class=number" if column.numeric else ""}>{escape(column.name)}</th>'
+        f'<th scope="col"{" class=number" if column.numeric else ""}>{_set(column.name)}</th>'
         for column in content.columns
     )
     body = "\n".join(_row(content.columns, row) for row in content.rows)
     kind = ' class="sortable"' if content.sortable else ""
     return (
+        f'<p class="caption" id="{name}">{prose(content.caption)}</p>\n'
         f'<div class="scroll" role="region" tabindex="0" aria-labelledby="{name}">\n'
-        f'<table id="{content.key}"{kind}>\n<caption id="{name}">{prose(content.caption)}</caption>'
-        f"\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>\n</div>"
+        f'<table id="{content.key}" aria-labelledby="{name}"{kind}>\n'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>\n</div>"
     )
 
 
@@ -98,6 +116,8 @@ def _row(columns: Sequence[Column], cells: Sequence[Cell]) -> str:
         if cell.sort is not None:
             attributes += f' data-sort="{cell.sort:.9g}"'
         text = _set(cell.text)
+        if cell.note:
+            text += f"<small>{_set(cell.note)}</small>"
         if cell.detail:
             detail = escape(cell.detail)
             text = f"<details><summary>{text}</summary><pre>{detail}</pre></details>"

@@ -130,7 +130,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     facts = [
         ("Network", "; ".join(_NETWORKS.get(model, model) for model in models)),
         ("Data", report.data),
-        ("Arms", f"{len(report.recipes)} x {report.seeds} seeds = {report.planned} trials"),
+        ("Arms", f"{len(report.recipes)} \u00d7 {report.seeds} seeds = {report.planned} trials"),
         ("Training", f"{steps} steps each"),
         ("Target", f"{percent(report.target, 0)} test accuracy"),
         ("Baseline", report.baseline),
@@ -154,7 +154,7 @@ def _notes(report: Report) -> str:
         if (count := sum(row.status == status for row in report.rows))
     ]
     if counts:
-        notes.append(f"Of {report.finished} trials, {' and '.join(counts)}; the tables mark them.")
+        notes.append(f"Of {report.finished} trials, {' and '.join(counts)}; the tables show them.")
     return "".join(f'<p class="note">{prose(note)}</p>\n' for note in notes)
 
 

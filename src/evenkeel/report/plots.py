@@ -9,7 +9,8 @@ follows a change between light and dark. Beside ``data`` and ``layout`` a spec m
     stretch     {"axis": "x" or "y", "on": bool, "floor": the least error}: whether the axis shows
                 accuracy as the log of the error, which stretches it towards 100 %
     log         {"on": bool}: whether the x axis is logarithmic
-    choices     [{"name", "x", "low", "middle", "high"}]: bands that a reader may pick for a side
+    lift        how far above its row an arm's name goes below that width, in rows
+    choices     [{"name", "title", "x", "low", "middle", "high"}]: bands that a reader may pick
     chosen      the places of the two bands that are picked at first
 """
 
@@ -178,16 +179,19 @@ def stretch(axis_name: str, accuracies: Sequence[float], *, on: bool) -> dict[st
 def label(name: str) -> str:
     """A name as an axis may show it: not too long, and without meaning as markup."""
     short = name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "\u2026"
-    return escape(short, quote=False)
+    return _plain(short)
+
+
+def _plain(text: str) -> str:
+    """Text without meaning as markup or, by its dollar signs, as mathematics."""
+    return escape(text, quote=False).replace("$", "&#36;")
 
 
 def hover(name: str, i: Interval, *more: str) -> str:
     """What a point says: a name, its accuracy with interval, and further lines."""
     known = i.low is not None
     value = f"{percent(i.mean, 2)} ({span(i, digits=2)})" if known else percent(i.mean, 2)
-    return "<br>".join(
-        [f"<b>{label(name)}</b>", value, *(escape(line, quote=False) for line in more)]
-    )
+    return "<br>".join([f"<b>{label(name)}</b>", value, *(_plain(line) for line in more)])
 
 
 def bounds(intervals: Sequence[Interval]) -> list[float]:

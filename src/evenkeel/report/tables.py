@@ -12,13 +12,14 @@ from .build import Report, Row
 from .demonstration import BackwardFacts, ModeFacts
 from .markup import Cell, Column, Table
 from .numbers import ArmSummary, Interval
-from .wording import LEVEL, percent, probability
+from .wording import LEVEL, percent
 
 __all__ = [
     "arms",
     "backward",
     "differences",
     "modes",
+    "p_value",
     "points_with_sign",
     "recipe",
     "span",
@@ -29,8 +30,8 @@ __all__ = [
 
 NONE = Cell("\u2013", kind="muted")  # an en dash: nothing to say
 WAYS = (
-    ("running", "running statistics"),
-    ("batch", "statistics of each test batch"),
+    ("running", "with running statistics"),
+    ("batch", "with the test batch's statistics"),
     ("folded", "folded into the layers"),
     ("skipped", "skipped"),
 )
@@ -44,18 +45,16 @@ def arms(report: Report) -> Table:
         Column("arm", False),
         Column("differs from the baseline in", False),
         Column("accuracy"),
-        Column("95 % interval"),
-        Column("to the baseline, points"),
-        Column("95 % interval"),
+        Column("points to the baseline"),
         Column("corrected p"),
         Column(f"steps to {percent(report.target, 0)}"),
         Column("trials"),
-        Column("trouble", False),
     )
     rows = tuple(_arm(report, arm, base) for arm in report.arms)
     caption = (
-        f"All arms. Accuracy is the mean of final test accuracy over seeds; differences are to "
-        f"the baseline '{report.baseline}' on matched seeds; a trial that never reached "
+        "Accuracy is the mean of final test accuracy over seeds, with its 95 % interval; points to "
+        f"the baseline, '{report.baseline}', are on matched seeds, in bold where the p-value, "
+        "corrected within this table, is below 0.05; a trial that never reached "
         f"{percent(report.target, 0)} counts with all its steps."
     )
     return Table("arms-table", caption, columns, rows, sortable=True)
@@ -64,19 +63,21 @@ def arms(report: Report) -> Table:
 def _arm(report: Report, arm: ArmSummary, base: Mapping[str, Any]) -> tuple[Cell, ...]:
     is_base = arm.name == report.baseline
     differs = "the baseline" if is_base else differences(report.recipes[arm.name], base)
-    accuracy = steps = against = span_of = p = NONE
+    accuracy = steps = against = p = NONE
     if arm.accuracy is not None:
-        accuracy = Cell(percent(arm.accuracy.mean, 2), arm.accuracy.mean)
+        mean = arm.accuracy.mean
+        accuracy = Cell(percent(mean, 2), mean, note=span(arm.accuracy, digits=2))
     if arm.against is not None:
         found = arm.against
         kind = "strong" if found.p_corrected < LEVEL else ""
-        against = Cell(points_with_sign(found.accuracy.mean), found.accuracy.mean, kind)
-        span_of = Cell(span(found.accuracy, signed=True))
-        p = Cell(probability(found.p_corrected).removeprefix("p = ").removeprefix("p "),
-                 found.p_corrected)  # fmt: skip
+        mean = found.accuracy.mean
+        against = Cell(
+            points_with_sign(mean), mean, kind, note=span(found.accuracy, digits=2, signed=True)
+        )
+        p = Cell(p_value(found.p_corrected), found.p_corrected)
     if arm.steps is not None:
-        part = "" if arm.reached == arm.trials else f" ({arm.reached} of {arm.trials})"
-        steps = Cell(f"{arm.steps.mean:.0f}{part}", arm.steps.mean)
+        part = "" if arm.reached == arm.trials else f"{arm.reached} of {arm.trials} reached it"
+        steps = Cell(f"{arm.steps.mean:.0f}", arm.steps.mean, note=part)
         if not arm.reached:
             steps = Cell("never", arm.steps.mean, "muted")
     trouble = [
@@ -88,13 +89,10 @@ def _arm(report: Report, arm: ArmSummary, base: Mapping[str, Any]) -> tuple[Cell
         Cell(arm.name, kind="strong" if is_base else ""),
         Cell(differs),
         accuracy,
-        NONE if arm.accuracy is None else Cell(span(arm.accuracy, digits=2)),
         against,
-        span_of,
         p,
         steps,
-        Cell(str(arm.trials), arm.trials),
-        Cell(", ".join(trouble), kind="trouble") if trouble else NONE,
+        Cell(str(arm.trials), arm.trials, "trouble" if trouble else "", note=", ".join(trouble)),
     )
 
 
@@ -177,21 +175,21 @@ def ways(found: FourWays) -> Table:
     """One arm's accuracy in the four ways of inference."""
     rows = tuple(
         (
-            Cell(f"norms with {label}" if way in ("running", "batch") else f"norms {label}"),
-            Cell(percent(getattr(found, way).mean, 2), getattr(found, way).mean),
-            Cell(span(getattr(found, way), digits=2)),
+            Cell(f"norms {label}"),
+            Cell(percent(getattr(found, way).mean, 2), note=span(getattr(found, way), digits=2)),
         )
         for way, label in WAYS
     )
-    columns = (Column("inference", False), Column("accuracy"), Column("95 % interval"))
-    return Table("ways-table", f"Test accuracy of '{found.arm}'.", columns, rows)
+    columns = (Column("inference", False), Column("accuracy"))
+    caption = f"Test accuracy of '{found.arm}', with its 95 % interval."
+    return Table("ways-table", caption, columns, rows)
 
 
 def ways_of_all(found: Sequence[FourWays]) -> Table:
     """The four ways of every arm that has them."""
     columns = (
         Column("arm", False),
-        *(Column(label) for _, label in WAYS),
+        *(Column(f"accuracy {label}") for _, label in WAYS),
         Column("norms folded"),
         Column("left"),
         Column("largest logit difference"),
@@ -214,7 +212,7 @@ def ways_of_all(found: Sequence[FourWays]) -> Table:
 
 
 def _mean_and_span(i: Interval) -> Cell:
-    return Cell(f"{percent(i.mean)} ({span(i)})", i.mean)
+    return Cell(percent(i.mean, 2), i.mean, note=span(i, digits=2))
 
 
 def backward(facts: BackwardFacts) -> Table:
@@ -252,7 +250,7 @@ def modes(facts: ModeFacts) -> Table:
         ("SPATIAL on (n, 1, 1, c), units as pixels", facts.units_as_pixels),
     )
     columns = (Column("a dense layer's values", False), Column("largest difference"))
-    cells = tuple((Cell(name), Cell(f"{value:.2g}", value)) for name, value in rows)
+    cells = tuple((Cell(name), Cell("0" if value == 0 else f"{value:.3g}")) for name, value in rows)
     caption = "Against PER_ACTIVATION on the same values, outputs and input gradients."
     return Table("modes-table", caption, columns, cells)
 
@@ -268,6 +266,11 @@ def span(i: Interval, *, digits: int = 1, signed: bool = False) -> str:
 def points_with_sign(share: float) -> str:
     """A difference of shares in points, with its sign."""
     return f"{100 * share:+.2f}"
+
+
+def p_value(p: float) -> str:
+    """A p-value for a table; three digits, so that none is rounded across the level."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _vector(values: Sequence[float]) -> Cell:

@@ -4,6 +4,7 @@
 (() => {
   const NARROW = 560;
   const SHARES = [0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 0.9999];
+  const NEXT = { none: "ascending", ascending: "descending", descending: "none" };
   const root = document.documentElement;
   const said = document.getElementById("said");
 
@@ -32,18 +33,20 @@
     }
   }
 
-  // Names of arms on an axis, in two lines or three where there is little room.
-  function wrap(text, width) {
-    const lines = [""];
-    for (const word of text.split(" ")) {
-      const last = lines[lines.length - 1];
-      if (last && last.replace(/<[^>]*>|&[a-z]+;/g, "").length + word.length >= width) lines.push(word);
-      else lines[lines.length - 1] = last ? last + " " + word : word;
-    }
-    return lines.join("<br>");
+  // Names of arms above their rows, where there is little room beside them.
+  function lift(layout, rise) {
+    const { tickvals, ticktext } = layout.yaxis;
+    layout.annotations = tickvals.map((place, n) => ({
+      text: ticktext[n],
+      x: 0, xref: "paper", xanchor: "left",
+      y: place - rise, yref: "y", yanchor: "bottom",
+      showarrow: false,
+    }));
+    Object.assign(layout.yaxis, { showticklabels: false, automargin: false });
+    layout.yaxis.range[1] -= rise;
   }
 
-  function stretch(spec, layout, data) {
+  function stretch(spec, layout, data, width) {
     const { axis, floor } = spec.stretch;
     const up = (share) => (share === null ? null : -Math.log10(Math.max(1 - share, floor)));
     const seen = [];
@@ -53,24 +56,27 @@
     }
     const [low, high] = [Math.min(...seen), Math.max(...seen)];
     const pad = (high - low) * 0.05 || 0.1;
-    const shares = SHARES.filter((share) => 1 - share > floor);
+    const inside = (share) => up(share) >= low - pad && up(share) <= high + pad;
+    const shares = SHARES.filter((share) => 1 - share > floor && inside(share));
     if (high >= up(1) - 1e-9) shares.push(1);
+    const room = ((high - low + 2 * pad) / width) * (axis === "x" ? 40 : 20);
+    for (let n = shares.length - 2; n >= 0; n -= 1) {
+      if (up(shares[n + 1]) - up(shares[n]) < room) shares.splice(n, 1);
+    }
     Object.assign(layout[axis + "axis"], {
       tickmode: "array",
+      tickangle: 0,
       tickvals: shares.map(up),
       ticktext: shares.map((share) => Number((100 * share).toFixed(3)) + "%"),
       range: [low - pad, high + pad],
     });
   }
 
-  const escaped = (text) =>
-    text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
-
   // The two panels of bands, as picked.
   function choose(spec, layout, data, chosen) {
     layout.margin.t = 28;
     layout.annotations = chosen.map((place, side) => ({
-      text: `<b>${escaped(spec.choices[place].name)}</b>`,
+      text: `<b>${spec.choices[place].title}</b>`,
       xref: `x${side + 1} domain`.replace("1", ""),
       yref: `y${side + 1} domain`.replace("1", ""),
       x: 0, y: 1, xanchor: "left", yanchor: "bottom", showarrow: false,
@@ -101,8 +107,7 @@
       if (narrow) {
         merge(layout, spec.narrow ?? {});
         layout.font.size = 11;
-        const names = layout.yaxis.ticktext;
-        if (names) layout.yaxis.ticktext = names.map((name) => wrap(name, 17));
+        if (spec.lift) lift(layout, spec.lift);
       }
       for (const trace of data) {
         if ("meta" in trace) trace.visible = state.hidden.has(trace.meta) ? "legendonly" : true;
@@ -114,7 +119,7 @@
         target.x = [Math.min(...all), Math.max(...all)];
       }
       if (state.chosen) choose(spec, layout, data, state.chosen);
-      if (state.stretch) stretch(spec, layout, data);
+      if (state.stretch) stretch(spec, layout, data, spec.stretch.axis === "x" ? width : plot.clientHeight);
       if (state.log) layout.xaxis.type = "log";
       layout.width = width;
       layout.height = plot.clientHeight;
@@ -161,8 +166,8 @@
       heading.append(button);
       heading.setAttribute("aria-sort", "none");
       button.addEventListener("click", () => {
-        const up = heading.getAttribute("aria-sort") !== "ascending";
-        const sign = up ? 1 : -1;
+        const next = NEXT[heading.getAttribute("aria-sort")];
+        const sign = next === "ascending" ? 1 : -1;
         const byNumber = numeric(column);
         const known = (row) => !byNumber || typeof value(row, column) === "number";
         const order = (a, b) => {
@@ -171,9 +176,9 @@
           const [x, y] = [value(a, column), value(b, column)];
           return sign * (byNumber ? x - y : x.localeCompare(y));
         };
-        body.append(...[...original].sort(order));
+        body.append(...(next === "none" ? original : [...original].sort(order)));
         for (const each of headings) each.setAttribute("aria-sort", "none");
-        heading.setAttribute("aria-sort", up ? "ascending" : "descending");
+        heading.setAttribute("aria-sort", next);
       });
     });
   }
