@@ -145,10 +145,9 @@ def normalize(
     from_batch = training or not spec.averages_batch
     if from_batch:
         _check_count(spec, bound, tuple(x.shape))
-        groups = _torch_groups(spec, bound, plain=weight is None and bias is None)
-        if groups is not None and backend == "auto":
-            y = F.group_norm(x, groups, weight, bias, eps)
-            return _after(y, act, residual).to(x.dtype)
+        torchs = _by_torch(x, spec, bound, weight, bias, eps) if backend == "auto" else None
+        if torchs is not None:
+            return _after(torchs, act, residual).to(x.dtype)
     elif running_mean is None or running_var is None:
         raise ShapeError(
             f"'{spec}' in inference needs running_mean and running_var; pass training=True to use "
@@ -156,6 +155,7 @@ def normalize(
         )
     given = (None, None) if from_batch else (running_mean, running_var)
     parts = x.reshape(bound.shape)
+    y: Tensor
     if spec.affine_is_owners or (weight is None and bias is None):
         added = None if residual is None else residual.reshape(bound.shape)
         owned = (_per_owner(weight, bound), _per_owner(bias, bound))
@@ -201,25 +201,26 @@ def _after(y: Tensor, act: Activation, residual: Tensor | None) -> Tensor:
     return activate(y if residual is None else y + residual, act)
 
 
-def _torch_groups(spec: NormSpec, bound: Bound, *, plain: bool) -> int | None:
-    """The number of groups if torch's own group norm is this norm, else None.
+def _by_torch(
+    x: Tensor, spec: NormSpec, bound: Bound, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor | None:
+    """Torch's own layer, group or instance norm where that is what the pattern means, else None.
 
-    Layer norm is one group and instance norm one group per channel; kernels for the norms that own
-    the batch axis are torch's business, not ours. ``plain`` says that there are no weights, whose
-    axes would have to be the channel's.
+    Kernels for the norms that own the batch axis are torch's business, not ours.
     """
-    channel = spec.axes[1:2]
     owners = tuple(name for group in spec.owners for name in group)
-    if channel == (("...",),) or not (plain or spec.affine == channel):
+    others, channel = spec.axes[1:], spec.axes[1:2]
+    weightless = weight is None and bias is None
+    if owners == spec.batch and (weightless or spec.affine == others):
+        return F.layer_norm(x, x.shape[1:], weight, bias, eps)
+    if not channel or channel == (("...",),) or not (weightless or spec.affine == channel):
         return None
     sizes = dict(zip(bound.names, bound.shape, strict=True))
-    candidates: list[tuple[str, ...]] = [(), *(channel[0][:end] for end in (1, 2) if channel)]
-    for extra in candidates:
-        if owners == spec.batch + extra and extra == channel[0][: len(extra)]:
-            groups = 1
-            for name in extra:
-                groups *= sizes[name]
-            return groups
+    for split in range(3):  # one group, one for each g of (g c), one for each channel
+        names = channel[0][:split]
+        if owners == spec.batch + names:
+            (groups,) = spec.shape_of((names,), sizes)
+            return F.group_norm(x, groups, weight, bias, eps)
     return None
 
 

@@ -36,7 +36,7 @@ class Norm(nn.Module):
     Args:
         pattern: such as ``'n c ... -> c'`` or ``'n c h w -> h w'``.
         affine: the axes of weight (gamma) and bias (beta); None for neither; left out, the owners
-            without the batch axis.
+            without the batch axis. For layer norm, say which: that default would be one number.
         eps: added to the variance inside the square root.
         momentum: weight of the NEW value; None for the plain average of all batches.
         track_running_stats: False to use the batch's statistics in eval mode too.
