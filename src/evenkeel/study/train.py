@@ -19,6 +19,7 @@ from .inputs import Inputs
 from .models import build
 
 __all__ = [
+    "Batches",
     "Feeder",
     "Score",
     "evaluate",

@@ -12,11 +12,12 @@ from typing import Final, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from ...errors import ConfigError
 from .base import Dataset, Split, found_in, refuse, shuffled, stratified
 
-__all__ = ["load"]
+__all__ = ["load", "read_picture"]
 
 _SUFFIXES: Final = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -213,17 +214,40 @@ def _decode(pictures: Sequence[_Picture], height: int, width: int) -> np.ndarray
     mode = "L" if all(picture.gray for picture in pictures) else "RGB"
     images = np.empty((len(pictures), len(mode), height, width), np.uint8)
     for index, picture in enumerate(pictures):
-        with _open(picture.path) as image:
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    pixels = np.asarray(_finish(image, picture, mode, (width, height)))
-            except Exception as error:  # as above
-                raise refuse(
-                    picture.path, f"is a damaged picture ({_first_line(error)})"
-                ) from error
-        images[index] = pixels if mode == "L" else pixels.transpose(2, 0, 1)
+        images[index] = _pixels(picture, mode, (width, height))
     return images
+
+
+def _pixels(picture: _Picture, mode: str, size: tuple[int, int]) -> np.ndarray:
+    """The pixels of one picture, (1, h, w) or (3, h, w)."""
+    with _open(picture.path) as image:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                pixels = np.asarray(_finish(image, picture, mode, size))
+        except Exception as error:  # as above
+            raise refuse(picture.path, f"is a damaged picture ({_first_line(error)})") from error
+    return pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
+
+
+def read_picture(path: Path, shape: tuple[int, int, int]) -> Tensor:
+    """One picture as (c, h, w) bytes, read as `load` reads those of a folder.
+
+    Upright as its camera says, a transparent one laid on white, gray or in colour as ``c`` says,
+    and stretched to the size.
+
+    Raises:
+        FormatError: it is missing, damaged, or no picture.
+        ConfigError: pictures have 1 or 3 channels, and the shape has another number.
+    """
+    channels, height, width = shape
+    modes = {1: "L", 3: "RGB"}
+    if channels not in modes:
+        raise ConfigError(f"a picture has 1 or 3 channels, but {channels} are wanted")
+    if not path.is_file():
+        raise refuse(path, "is a folder, not a picture" if path.is_dir() else "does not exist")
+    pixels = _pixels(_header(path, 0), modes[channels], (width, height))
+    return torch.from_numpy(np.array(pixels, np.uint8))
 
 
 def _finish(image: Image.Image, picture: _Picture, mode: str, size: tuple[int, int]) -> Image.Image:
