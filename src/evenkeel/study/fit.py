@@ -241,9 +241,9 @@ class Fit:
         if not epochs * per_epoch <= state.done <= min((epochs + 1) * per_epoch, fit.total):
             raise FormatError(f"{path}: {state.done} steps done do not fit {epochs} epochs")
         fit._restore_optimizer(state)
+        fit._restore_random(state)
         restore(path, fit.network, weights)
         fit.done, fit.history, fit._loss_sum = state.done, list(card.history), state.loss_sum
-        fit._random = state.part(_RANDOM)
         return fit
 
     def _restore_optimizer(self, state: State) -> None:
@@ -308,14 +308,22 @@ class Fit:
         if not self._random:
             torch.manual_seed(self.training.seed)
             return
+        torch.set_rng_state(self._random["cpu"])
+        if self.device.type == "cuda" and "cuda" in self._random:
+            torch.cuda.set_rng_state(self._random["cuda"], self.device)
+
+    def _restore_random(self, state: State) -> None:
+        found = state.part(_RANDOM)
         try:
-            torch.set_rng_state(self._random["cpu"])
-            if self.device.type == "cuda" and "cuda" in self._random:
-                torch.cuda.set_rng_state(self._random["cuda"], self.device)
+            if found or state.done:
+                torch.Generator().set_state(found["cpu"])
+            if self.device.type == "cuda" and "cuda" in found:
+                torch.Generator(self.device).set_state(found["cuda"])
         except (KeyError, RuntimeError, TypeError) as error:
             raise FormatError(
-                f"the state of the random numbers cannot be used ({error})"
+                f"{state.path}: the state of the random numbers cannot be used ({error})"
             ) from error
+        self._random = found
 
     def _drawn(self) -> dict[str, Tensor]:
         """The state of the random numbers."""

@@ -64,7 +64,7 @@ class _Defaults(NamedTuple):
 # For SGD with momentum 0.9 and the standard network.
 _DEFAULTS: Final = {
     "digits": _Defaults(20, 32, 0.05),
-    "mnist": _Defaults(5, 64, 0.05),
+    "mnist": _Defaults(4, 64, 0.05),
     "fashion-mnist": _Defaults(8, 64, 0.05),
     "cifar10": _Defaults(20, 64, 0.05),
     "idx": _Defaults(8, 64, 0.05),
