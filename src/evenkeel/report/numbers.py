@@ -2,8 +2,8 @@
 
 Intervals are 95 % bootstrap intervals of the mean over seeds (percentile method, 10,000 resamples,
 fixed generator); p-values are of paired t tests, corrected by Holm within each family of
-comparisons. A steps-to-target that was not reached counts as the whole budget, so ratios of steps
-are conservative.
+comparisons. A steps-to-target that was not reached counts as the whole budget; where that would
+make an arm look faster than it is, speed is not compared, so ratios of steps are conservative.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ __all__ = [
 RESAMPLES = 10_000
 ALIKE = 0.005
 """Arms whose accuracies differ by less than this are called alike: half a point."""
+_SAME = 1e-9
+"""Differences this close to each other are equal but for rounding."""
 
 Pair = tuple[Arm, Arm]
 
@@ -83,7 +85,8 @@ class Comparison:
         p, p_corrected: of no difference in accuracy; the second within its family.
         p_alike, p_alike_corrected: of a difference of `ALIKE` or more, by two one-sided t tests.
         speed: how many times as many steps ``b`` needs to reach the target as ``a``; None if
-            neither ever does, or if their budgets differ.
+            neither ever does, if their budgets differ, or if the faster one missed it with a seed
+            with which the slower one did not.
         censored: whether some trial never reached it.
         speed_p, speed_p_corrected: of no difference in speed.
         identical: every trial of ``a`` has the very numbers of that of ``b``.
@@ -110,9 +113,10 @@ class Comparison:
 
         From the usual power formula at the 5 % level, not corrected for other comparisons.
         """
-        if self.accuracy.mean == 0 or self.spread == 0:
+        if abs(self.accuracy.mean) < _SAME:
             return None
-        return math.ceil(((1.96 + 0.84) * self.spread / self.accuracy.mean) ** 2) + 1
+        needed = math.ceil(((1.96 + 0.84) * self.spread / self.accuracy.mean) ** 2) + 1
+        return max(needed, 6) if self.spread < _SAME else needed
 
 
 @dataclass(frozen=True)
@@ -174,13 +178,16 @@ def compare_arms(plan: Plan, trials: Sequence[Trial], a: Arm, b: Arm) -> Compari
     logs: list[float] = []
     if budget == plan.steps_of(b) and any(s is not None for pair in reached for s in pair):
         logs = [math.log((y or budget) / (x or budget)) for x, y in reached]
+        faster = 0 if sum(logs) > 0 else 1
+        if any(pair[faster] is None and pair[1 - faster] is not None for pair in reached):
+            logs = []
     return comparison(
         a.name,
         b.name,
         [(float(x.final or 0), float(y.final or 0)) for x, y in pairs],
         logs,
         censored=censored,
-        identical=all(x.accuracy == y.accuracy and x.final == y.final for x, y in pairs),
+        identical=all(_numbers(x) == _numbers(y) for x, y in pairs),
     )
 
 
@@ -262,7 +269,7 @@ def interval(values: Sequence[float]) -> Interval:
     mean = float(sample.mean())
     if len(sample) < 2:
         return Interval(mean)
-    if np.ptp(sample) == 0:
+    if np.ptp(sample) < _SAME:
         return Interval(mean, mean, mean)
     found = stats.bootstrap(
         (sample,),
@@ -286,16 +293,20 @@ def corrected(p_values: Sequence[float]) -> list[float]:
 
 
 def _paired_p(differences: Sequence[float]) -> float:
-    """The two-sided p-value of a paired t test; 1 where nothing differs."""
-    if np.ptp(differences) == 0:
-        return 1.0 if differences[0] == 0 else 0.0
+    """The two-sided p-value of a paired t test; of a sign test where all differences are equal.
+
+    Accuracies are counts of images, so two or three equal differences are no rare accident, and a
+    t test would take them for certainty.
+    """
+    if np.ptp(differences) < _SAME:
+        return 1.0 if abs(differences[0]) < _SAME else 2 * 0.5 ** len(differences)
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
 def _equivalence_p(differences: Sequence[float]) -> float:
-    """The p-value of two one-sided t tests against a difference of `ALIKE` or more."""
-    if np.ptp(differences) == 0:
-        return 0.0 if abs(differences[0]) < ALIKE else 1.0
+    """The p-value of two one-sided t (or sign) tests against a difference of `ALIKE` or more."""
+    if np.ptp(differences) < _SAME:
+        return 0.5 ** len(differences) if abs(differences[0]) < ALIKE else 1.0
     above = stats.ttest_1samp(differences, -ALIKE, alternative="greater").pvalue
     below = stats.ttest_1samp(differences, ALIKE, alternative="less").pvalue
     return float(max(above, below))
@@ -305,6 +316,10 @@ def _exponential(logs: Interval) -> Interval:
     low = None if logs.low is None else math.exp(logs.low)
     high = None if logs.high is None else math.exp(logs.high)
     return Interval(math.exp(logs.mean), low, high)
+
+
+def _numbers(trial: Trial) -> tuple[object, ...]:
+    return trial.accuracy, trial.train_loss, trial.final
 
 
 def _usable(trials: Sequence[Trial]) -> list[Trial]:
