@@ -70,6 +70,12 @@ def own(tmp_path, monkeypatch):
     sys.modules.pop("drops", None)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The bytes of the default training's model."""
+    return saved(finished(fresh()), tmp_path_factory.mktemp("whole") / "m")
+
+
 class TestRun:
     def test_steps_and_epochs_in_their_order(self):
         fit = fresh()
@@ -143,10 +149,6 @@ class TestRun:
 
 
 class TestResume:
-    @pytest.fixture(scope="class")
-    def whole(self, tmp_path_factory):
-        return saved(finished(fresh()), tmp_path_factory.mktemp("whole") / "m")
-
     @pytest.mark.parametrize("events", range(15))
     def test_from_any_place_to_the_same_bytes(self, tmp_path, events, whole):
         stopped_at(fresh(), events).save_state(tmp_path / "state")
