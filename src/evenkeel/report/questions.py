@@ -50,19 +50,22 @@ def differing_in(plan: Plan, key: str, first: Any, second: Any) -> list[tuple[Ar
         if a.recipe().get(key) == first
         and b.recipe().get(key) == second
         and plan.steps_of(a) == plan.steps_of(b)
-        and _agree(a.recipe(), b.recipe(), key)
+        and _agree(a, b, key)
     ]
 
 
-def _agree(x: dict[str, Any], y: dict[str, Any], but: str) -> bool:
-    """True if two recipes agree; fields that only one of them has (norms' own) must be as usual."""
+def _agree(a: Arm, b: Arm, but: str) -> bool:
+    """True if two arms agree but for one field and the steps.
+
+    A field of the norms that an arm without norms does not have agrees with the usual value, too.
+    """
     usual = Arm("usual").__dict__
-    for key in x.keys() | y.keys():
-        if key in (but, "steps"):
-            continue
-        if x.get(key, usual[key]) != y.get(key, usual[key]):
-            return False
-    return True
+    x, y = a.recipe(), b.recipe()
+    return all(
+        x.get(key, usual[key]) == y.get(key, usual[key]) or getattr(a, key) == getattr(b, key)
+        for key in x.keys() | y.keys()
+        if key not in (but, "steps")
+    )
 
 
 def _contrast(key: str, first: Words, second: Words) -> Callable[[Plan], list[Contrast]]:
@@ -88,6 +91,18 @@ _NONE = {"none": "no norm"}
 _FULL = {"all": "batch norm on every layer but the last"}
 
 
+def _inputs(plan: Plan) -> list[Contrast]:
+    """Normalized input against raw input, nets with batch norm first."""
+    words = {
+        True: ("batch norm on normalized input", "batch norm on raw input"),
+        False: ("a net on normalized input", "one on raw input"),
+    }
+    found = [
+        Contrast(a, b, *words[a.has_norm]) for a, b in differing_in(plan, "input_norm", True, False)
+    ]
+    return sorted(found, key=lambda contrast: not contrast.a.has_norm)
+
+
 def _where(plan: Plan) -> list[Contrast]:
     """Everywhere against some places, with equal statistics."""
     find = _all(
@@ -105,7 +120,10 @@ def _where(plan: Plan) -> list[Contrast]:
 
 
 def _small_batches(plan: Plan) -> list[Contrast]:
-    """Batch norm against layer norm and against none, from the smallest batch up."""
+    """Batch norm against layer norm and against none, from the smallest batch up.
+
+    Without a second batch size there is nothing to say about how small it may get.
+    """
     find = _all(
         _contrast("statistics", {"spatial": "batch norm"}, {"layer": "layer norm"}),
         _contrast("placement", {"before-activation": "batch norm"}, _NONE),
@@ -120,6 +138,8 @@ def _small_batches(plan: Plan) -> list[Contrast]:
         and contrast.a.statistics == "spatial"
         and math.isclose(contrast.a.learning_rate / contrast.a.batch_size, rate)
     ]
+    if len({contrast.a.batch_size for contrast in found}) < 2:
+        return []
     return sorted(found, key=lambda contrast: contrast.a.batch_size)
 
 
@@ -202,7 +222,7 @@ QUESTIONS = (
     Question(
         7,
         "Normalize the input too, or does BN make it needless?",
-        _contrast("input_norm", {True: "a net on normalized input"}, {False: "one on raw input"}),
+        _inputs,
         "placement",
         "Input normalization uses one mean and deviation per channel from the training set, fixed "
         "before training. A norm on the first layer's output divides by that output's own "
@@ -228,7 +248,7 @@ QUESTIONS = (
         10,
         "What do gamma and beta buy?",
         _contrast("affine", {True: "a net with gamma and beta"}, {False: "one with neither"}),
-        "placement",
+        "modes",
         "They restore what normalizing takes away: without them a sigmoid sees unit inputs only, "
         "in its nearly linear part. Before a ReLU the next layer can do gamma's work.",
     ),

@@ -49,7 +49,8 @@ def evidence(c: Comparison, a: str, b: str, where: str, target: float) -> Eviden
         numbers = f"{span}, {probability(c.p_corrected)}"
         text = f"{start} against {b}: this study cannot tell which ends higher ({numbers})"
     if speed and c.speed is not None:
-        return Evidence("better" if c.speed.mean > 1 else "worse", f"{text}, but it {speed}.", c)
+        who = "it" if alike else a
+        return Evidence("better" if c.speed.mean > 1 else "worse", f"{text}, but {who} {speed}.", c)
     return Evidence("alike" if alike else "unclear", f"{text}.", c)
 
 
@@ -107,15 +108,15 @@ def points(share: float) -> str:
 
 
 def probability(p: float) -> str:
-    """A p-value with the digits it deserves: 'p = 0.03', 'p < 0.001'."""
+    """A p-value with the digits it deserves: 'p = 0.03', 'p = 0.049', 'p < 0.001'."""
     if p < 0.001:
         return "p < 0.001"
-    return f"p = {p:.3f}" if p < 0.01 else f"p = {p:.2f}"
+    return f"p = {p:.3f}" if p < 0.01 or abs(p - LEVEL) < 0.005 else f"p = {p:.2f}"
 
 
 def times(ratio: float) -> str:
-    """A ratio of 1 or more: '3.2 times'."""
-    return f"{ratio:.1f} times" if ratio < 20 else f"{ratio:.0f} times"
+    """A ratio of 1 or more: '1.04 times', '3.2 times', '40 times'."""
+    return f"{_ratio(ratio)} times"
 
 
 def _span(i: Interval) -> str:
@@ -128,4 +129,9 @@ def _ratio_span(i: Interval) -> str:
     low, high = (i.low or i.mean), (i.high or i.mean)
     if i.mean < 1:
         low, high = 1 / high, 1 / low
-    return f"95 % interval {low:.1f} to {high:.1f} times"
+    return f"95 % interval {_ratio(low)} to {_ratio(high)} times"
+
+
+def _ratio(value: float) -> str:
+    digits = 0 if value >= 20 else 1 if value >= 1.1 else 2
+    return f"{value:.{digits}f}"
