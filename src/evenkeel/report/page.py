@@ -195,8 +195,8 @@ def _answers(report: Report) -> str:
 
 def _figures(drawn: list[Figure]) -> str:
     note = (
-        '<noscript><p class="note">The figures need JavaScript; the tables under them hold the '
-        "same numbers.</p></noscript>"
+        '<p class="note" id="not-drawn">The figures need JavaScript; the tables under them hold '
+        "the same numbers.</p>"
     )
     return _section("figures", "\n".join([note, *(frame(each) for each in drawn)]))
 

@@ -206,6 +206,7 @@
   for (const table of document.querySelectorAll("table.sortable")) makeSortable(table);
   for (const code of document.querySelectorAll("code.command")) makeCopyable(code);
   const draws = [...document.querySelectorAll(".plot")].map(start);
+  document.getElementById("not-drawn").remove();
   const redraw = () => draws.forEach((draw) => draw());
   for (const query of ["(prefers-color-scheme: dark)", "print"]) {
     matchMedia(query).addEventListener("change", redraw);
