@@ -191,7 +191,9 @@ class TestSensitivity:
         dots = [t for t in spec(whole, "rates")["data"] if t["mode"] == "lines+markers"]
         assert len(dots) == len(whole.rates) == 2
         for line, trace in zip(whole.rates, dots, strict=True):
-            assert trace["x"] == [value for value, _, _ in line.points] == [0.02, 0.2]
+            assert trace["x"] == pytest.approx([0.02, 0.2], rel=0.01)
+            assert [value for value, _, _ in line.points] == [0.02, 0.2]
+            assert "learning rate 0.2" in trace["text"][1]
             assert trace["y"] == [i.mean for _, i, _ in line.points]
 
     def test_the_axis_is_logarithmic_with_the_values_as_ticks(self, whole):
@@ -202,7 +204,7 @@ class TestSensitivity:
         crosses = [
             t for t in spec(whole, "rates")["data"] if t.get("marker", {}).get("symbol") == "x-thin"
         ]
-        assert [t["x"] for t in crosses] == [[0.2], []]
+        assert [t["x"] for t in crosses] == [pytest.approx([0.2], rel=0.01), []]
         assert "diverged" in figure(whole, "rates").legend[-1].name
 
     def test_batch_sizes(self, whole):

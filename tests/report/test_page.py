@@ -327,6 +327,10 @@ class TestProse:
         parts = [part.text for part in found.all("span")]
         assert parts == ["--preset modes", "--seeds 18"]
 
+    def test_a_command_with_a_path(self):
+        command = "evenkeel study --data mnist --data-dir '/my data/<x>' --model my.net:make"
+        assert read(prose(f"Run: {command}")).one("code").text == command
+
 
 class TestStyle:
     """Contrast as in WCAG 2, and colours that stay apart for colour-blind readers."""

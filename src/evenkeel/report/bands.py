@@ -12,6 +12,7 @@ __all__ = ["bands"]
 
 
 def bands(report: Report) -> Figure:
+    """15, 50 and 85 % of a hidden unit's input, without and with batch norm on equal axes."""
     key, title = "bands", "The input of a hidden unit"
     if not report.bands:
         text = (

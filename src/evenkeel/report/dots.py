@@ -37,6 +37,7 @@ _LOOKS = {
 
 
 def finals(report: Report) -> Figure:
+    """Final accuracy by arm with intervals, the baseline marked."""
     key, title = "finals", "Final accuracy"
     known = [(arm, arm.accuracy) for arm in report.arms if arm.accuracy is not None]
     if not known:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -153,8 +154,8 @@ def sensitivity(key: str, found: Sequence[Line], looks: Mapping[str, Style]) -> 
         spec={
             "data": [
                 trace
-                for line, style in zip(found, named, strict=True)
-                for trace in _line_traces(line, style, setting)
+                for line, style, x in zip(found, named, _places(found), strict=True)
+                for trace in _line_traces(line, style, setting, x)
             ],
             "layout": base_layout(
                 xaxis=numbers_axis(setting, [v for line in found for v, _, _ in line.points]),
@@ -169,27 +170,41 @@ def sensitivity(key: str, found: Sequence[Line], looks: Mapping[str, Style]) -> 
     )
 
 
-def _line_traces(line: Line, style: Style, setting: str) -> list[dict[str, Any]]:
+def _places(found: Sequence[Line]) -> list[list[float]]:
+    """Where each line's points go: at their values, but a little apart from the other lines'."""
+    values = [value for line in found for value, _, _ in line.points]
+    width = math.log(max(values) / min(values)) if min(values) > 0 else 0.0
+    shifts = [width * 0.006 * (n - (len(found) - 1) / 2) for n in range(len(found))]
+    return [
+        [value * math.exp(shift) for value, _, _ in line.points]
+        for line, shift in zip(found, shifts, strict=True)
+    ]
+
+
+def _line_traces(
+    line: Line, style: Style, setting: str, x: Sequence[float]
+) -> list[dict[str, Any]]:
     """Intervals, the line with its dots, and crosses where trials diverged."""
     spans: dict[str, list[float | None]] = {"x": [], "y": []}
-    for value, i, _ in line.points:
+    for place, (_, i, _) in zip(x, line.points, strict=True):
         if i.low is not None and i.high is not None:
-            spans["x"] += [value, value, None]
+            spans["x"] += [place, place, None]
             spans["y"] += [i.low, i.high, None]
     texts = [
         hover(line.label, i, f"{setting} {value:g}", *_diverged(diverged))
         for value, i, diverged in line.points
     ]
-    crossed = [(value, i.mean) for value, i, diverged in line.points if diverged]
+    at = zip(x, line.points, strict=True)
+    crossed = [(place, i.mean) for place, (_, i, diverged) in at if diverged]
     ink = {"width": 2, "color": "@ink"}
     return [
         {**spans, "mode": "lines", "line": {"color": style.colour, "width": 1.5},
          "hoverinfo": "skip"},
-        {"x": [value for value, _, _ in line.points], "y": [i.mean for _, i, _ in line.points],
+        {"x": list(x), "y": [i.mean for _, i, _ in line.points],
          "mode": "lines+markers", "name": label(line.label), "text": texts, "hoverinfo": "text",
          "line": {"color": style.colour, "dash": style.dash, "width": 2},
          "marker": {"color": style.colour, "symbol": style.symbol, "size": 9}},
-        {"x": [value for value, _ in crossed], "y": [mean for _, mean in crossed],
+        {"x": [place for place, _ in crossed], "y": [mean for _, mean in crossed],
          "mode": "markers", "hoverinfo": "skip",
          "marker": {"symbol": "x-thin", "size": 13, "color": "@ink", "line": ink}},
     ]  # fmt: skip

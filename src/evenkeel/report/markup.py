@@ -11,7 +11,7 @@ from typing import Any
 
 __all__ = ["Cell", "Column", "Table", "escape", "prose", "script_data", "table"]
 
-_COMMAND = re.compile(r"evenkeel (?:study|report)(?: --[a-z-]+(?: [\w.][\w./-]*)?)*")
+_COMMAND = re.compile(r"evenkeel (?:study|report) --\S.*$", re.DOTALL)  # ends the sentence
 _OPTION = re.compile(r"--\S+(?: [^-\s]\S*)?")
 _EXPONENT = re.compile(r"\b(\d\.\d+)e([+-]\d+)\b")  # as this package writes small numbers
 _SUPERSCRIPTS = str.maketrans(
@@ -62,15 +62,12 @@ class Table:
 
 
 def prose(text: str) -> str:
-    """A sentence for the page: escaped, minus signs and spaces set, commands ready to copy."""
-    pieces: list[str] = []
-    end = 0
-    for found in _COMMAND.finditer(text):
-        pieces.append(_set(text[end : found.start()]))
-        words = _OPTION.sub(r'<span class="whole">\g<0></span>', escape(found[0]))
-        pieces.append(f'<code class="command">{words}</code>')
-        end = found.end()
-    return "".join([*pieces, _set(text[end:])])
+    """A sentence for the page: escaped, signs and spaces set, a command at its end to copy."""
+    found = _COMMAND.search(text)
+    if found is None:
+        return _set(text)
+    words = _OPTION.sub(r'<span class="whole">\g<0></span>', escape(found[0]))
+    return f'{_set(text[: found.start()])}<code class="command">{words}</code>'
 
 
 def _set(text: str) -> str:
