@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -103,7 +104,7 @@ def _answer(plan: Plan, trials: Sequence[Trial], q: Question) -> Answer:
         facts = backward_facts()
         return Answer(4, q.text, "exact", _backward_sentence(facts), (), "", q.background, facts)
     if q.number == 5:
-        return _inference_answer(q, best_of(plan, trials))
+        return _inference_answer(plan, q, best_of(plan, trials))
     contrasts = q.contrasts(plan)
     found = _evidence(plan, trials, contrasts)
     sentence = found[0].sentence if found else _nothing(contrasts)
@@ -138,7 +139,7 @@ def _next_step(
     if found is None and contrasts:
         return "More finished trials of these arms."
     if found is None:
-        return f"Run: evenkeel study --preset {q.preset}"
+        return f"Run: {_command(plan, q.preset)}"
     seeds = found.comparison.seeds_to_tell()
     if seeds is None or seeds > 200:
         return (
@@ -147,8 +148,20 @@ def _next_step(
         )
     wanted = max(seeds, plan.seeds + 1)
     name = q.preset if plan.name == "quick" else plan.name
-    command = f": evenkeel study --preset {name} --seeds {wanted}" if name in PRESETS else "."
+    command = f": {_command(plan, name)} --seeds {wanted}" if name in PRESETS else "."
     return f"About {wanted} seeds would show a difference of this size{command}"
+
+
+def _command(plan: Plan, name: str) -> str:
+    """Runs a preset on the plan's data and on the user's network."""
+    words = ["evenkeel", "study", "--preset", name]
+    if plan.data.name != PRESETS[name]().data.name:
+        words += ["--data", plan.data.name]
+    if plan.data.folder is not None:
+        words += ["--data-dir", plan.data.folder]
+    if ":" in plan.baseline_arm.model:
+        words += ["--model", plan.baseline_arm.model]
+    return shlex.join(words)
 
 
 def _backward_sentence(facts: BackwardFacts) -> str:
@@ -172,30 +185,45 @@ def _modes_sentence(facts: ModeFacts) -> str:
     )
 
 
-def _inference_answer(q: Question, ways: FourWays | None) -> Answer:
+def _inference_answer(plan: Plan, q: Question, ways: FourWays | None) -> Answer:
     if ways is None or ways.drop is None:
-        step = f"Run: evenkeel study --preset {q.preset}"
+        step = f"Run: {_command(plan, q.preset)}"
         text = "This study has no trained batch norm to skip, or too few seeds."
         return Answer(5, q.text, "cannot tell", text, (), step, q.background, inference=ways)
-    drop = ways.drop
+    known = ways.drop.p_corrected < LEVEL
+    step = "" if known else "More seeds would tell."
+    verdict = "answered" if known else "cannot tell"
+    sentence = f"{_skipping(ways, ways.drop)} {_folding(ways)}"
+    return Answer(5, q.text, verdict, sentence, (), step, q.background, inference=ways)
+
+
+def _skipping(ways: FourWays, drop: Comparison) -> str:
+    """What leaving the norms out does."""
+    loss = drop.accuracy
     known = drop.p_corrected < LEVEL
-    start = "No" if known and drop.accuracy.mean > 0 else "This study cannot tell"
-    mean, low, high = drop.accuracy.mean, drop.accuracy.low, drop.accuracy.high
-    low, high = mean if low is None else low, mean if high is None else high
-    sentence = (
+    start = "This study cannot tell"
+    if known:
+        start = "No" if loss.mean > 0 else "Here it did no harm"
+    what, sign = ("a loss", 1) if loss.mean >= 0 else ("a gain", -1)
+    ends = (loss.mean if end is None else end for end in (loss.low, loss.high))
+    low, high = sorted(100 * sign * end for end in ends)
+    return (
         f"{start}: without its norms '{ways.arm}' goes from {percent(ways.running.mean)} to "
-        f"{percent(ways.skipped.mean)}, a loss of {points(drop.accuracy.mean)} (95 % interval "
-        f"{100 * low:.1f} to {100 * high:.1f}, {probability(drop.p_corrected)}). "
+        f"{percent(ways.skipped.mean)}, {what} of {points(abs(loss.mean))} (95 % interval "
+        f"{low:.1f} to {high:.1f}, {probability(drop.p_corrected)})."
     )
+
+
+def _folding(ways: FourWays) -> str:
+    """What folding them does."""
+    if ways.folded_norms == 0:
+        return f"Its norms do not fold: {ways.left_reason}."
     equal = "exactly as accurate in every trial" if ways.same else percent(ways.folded.mean)
-    sentence += (
+    return (
         f"With {ways.folded_norms} of {ways.folded_norms + ways.left_norms} norms folded into the "
         f"layer before them it is {equal}; the largest difference of a logit is "
         f"{ways.difference:.1e}, {ways.relative:.1e} of the largest logit."
     )
-    step = "" if known else "More seeds would tell."
-    verdict = "answered" if known else "cannot tell"
-    return Answer(5, q.text, verdict, sentence, (), step, q.background, inference=ways)
 
 
 def four_ways(plan: Plan, trials: Sequence[Trial]) -> list[FourWays]:
@@ -227,7 +255,7 @@ def _four_ways_of(name: str, own: Sequence[Trial]) -> FourWays:
         left_norms=len(left),
         left_reason=left[0][1] if left else "",
         difference=max(fold["difference"] for fold in folds),
-        relative=max(fold["difference"] / fold["scale"] for fold in folds),
+        relative=max(fold["difference"] / (fold["scale"] or 1) for fold in folds),
         same=ways["running"] == ways["folded"],
     )
 

@@ -209,8 +209,16 @@ def _lines(plan: Plan, trials: Sequence[Trial], key: str) -> tuple[Line, ...]:
         points = [_point(trials, arm, float(getattr(arm, key))) for arm in arms]
         known = sorted((p for p in points if p is not None), key=lambda p: p[0])
         if len(known) > 1:
-            lines.append(Line(min((arm.name for arm in arms), key=len).split(",")[0], tuple(known)))
+            lines.append(Line(_label([arm.name for arm in arms]), tuple(known)))
     return tuple(lines)
+
+
+def _label(names: Sequence[str]) -> str:
+    """What names have in common: 'plain' of 'plain' and 'plain, lr 0.2'."""
+    shortest = min(names, key=len)
+    if all(name.startswith(shortest) for name in names):
+        return shortest
+    return shortest.rpartition(",")[0] or shortest
 
 
 def _point(trials: Sequence[Trial], arm: Arm, value: float) -> tuple[float, Interval, int] | None:
