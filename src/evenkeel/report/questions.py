@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 from ..study.arms import Arm, Plan
@@ -40,32 +39,32 @@ class Question:
 
 
 Words = dict[Any, str]
+Recipe = dict[str, Any]
 
 
 def differing_in(plan: Plan, key: str, first: Any, second: Any) -> list[tuple[Arm, Arm]]:
     """Arms with the first and the second value of a field that agree in all else that counts."""
+    recipes = [(arm, arm.recipe()) for arm in plan.arms]
     return [
         (a, b)
-        for a, b in product(plan.arms, repeat=2)
-        if a.recipe().get(key) == first
-        and b.recipe().get(key) == second
-        and plan.steps_of(a) == plan.steps_of(b)
-        and _agree(a, b, key)
+        for a, x in recipes
+        if x.get(key) == first
+        for b, y in recipes
+        if y.get(key) == second and plan.steps_of(a) == plan.steps_of(b)
+        if all(_agree(a, b, x, y, other) for other in (x.keys() | y.keys()) - {key, "steps"})
     ]
 
 
-def _agree(a: Arm, b: Arm, but: str) -> bool:
-    """True if two arms agree but for one field and the steps.
+_USUAL = Arm("usual")
+
+
+def _agree(a: Arm, b: Arm, x: Recipe, y: Recipe, key: str) -> bool:
+    """True if two arms agree in a field of their recipes.
 
     A field of the norms that an arm without norms does not have agrees with the usual value, too.
     """
-    usual = Arm("usual").__dict__
-    x, y = a.recipe(), b.recipe()
-    return all(
-        x.get(key, usual[key]) == y.get(key, usual[key]) or getattr(a, key) == getattr(b, key)
-        for key in x.keys() | y.keys()
-        if key not in (but, "steps")
-    )
+    usual = getattr(_USUAL, key)
+    return bool(x.get(key, usual) == y.get(key, usual) or getattr(a, key) == getattr(b, key))
 
 
 def _contrast(key: str, first: Words, second: Words) -> Callable[[Plan], list[Contrast]]:
