@@ -11,8 +11,11 @@ import typer
 
 from ..errors import EvenkeelError
 from .console import complain
+from .evaluate import evaluate
+from .predict import predict
 from .report import report
 from .study import study
+from .train import train
 
 __all__ = ["app", "main"]
 
@@ -27,6 +30,9 @@ app = typer.Typer(
 )
 app.command()(study)
 app.command()(report)
+app.command()(train)
+app.command()(evaluate)
+app.command()(predict)
 
 
 @app.callback(invoke_without_command=True)

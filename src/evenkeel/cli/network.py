@@ -1,0 +1,89 @@
+"""What the commands for one network share: its file, its data, and the processor's cores."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import fx
+
+    from ..study.checkpoint import Card
+    from ..study.data import Dataset
+
+__all__ = ["note", "open_network", "share_cores", "size_of", "test_data"]
+
+
+def note(text: str) -> None:
+    """Prints a remark on standard error, so that what a program reads stays clean."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[yellow]Note:[/] {escape(text)}")
+
+
+def share_cores() -> None:
+    """Makes threads that wait for each other sleep soon; call it before torch is imported.
+
+    By default they spin for a while. Where other programs keep a core busy, a thread spins through
+    the very time that the one it waits for needs: training was four to seven times slower.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+def open_network(
+    path: Path, device: torch.device, model: str | None
+) -> tuple[fx.GraphModule, Card]:
+    """The network in a file and its card; tells if the user's own code has changed since."""
+    from ..study.checkpoint import load
+    from ..study.models import source_fingerprint
+
+    network, card = load(path, device, model=model)
+    if card.source and card.source != source_fingerprint(card.training.arm.model):
+        note(
+            f"the code of {card.training.arm.model} has changed since {path} was trained; the "
+            "weights fit, but the network may compute something else"
+        )
+    return network, card
+
+
+def test_data(card: Card, name: str | None, folder: Path | None, image_size: int | None) -> Dataset:
+    """The data to test a network on: the one that it was trained on, unless another is named.
+
+    Raises:
+        ConfigError: its images or its classes are not those of the network.
+    """
+    from ..study.data import load
+
+    own = card.training.data
+    same = name is None or name == own.name
+    if folder is None and same:
+        folder = own.path
+    if image_size is None and same:
+        image_size = own.image_size
+    dataset = load(name or own.name, folder, image_size=image_size)
+    if dataset.shape != card.shape:
+        raise ConfigError(
+            f"{dataset.name} has images of {size_of(dataset.shape)}, but the network was trained "
+            f"on {size_of(card.shape)}"
+        )
+    if dataset.classes != card.classes:
+        raise ConfigError(
+            f"{dataset.name} has other classes ({_few(dataset.classes)}) than the network "
+            f"({_few(card.classes)})"
+        )
+    return dataset
+
+
+def size_of(shape: tuple[int, int, int]) -> str:
+    """A shape for people: '1x28x28'."""
+    return "x".join(str(size) for size in shape)
+
+
+def _few(names: tuple[str, ...]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
