@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from evenkeel.study import container
 from evenkeel.study.arms import Data
@@ -215,3 +216,24 @@ class TestMistakes:
         code, _, err = command("evaluate", trained)
         assert code == 2
         assert "was written by a newer evenkeel (format 1, this one knows 0); upgrade" in flat(err)
+
+
+def test_a_folder_of_pictures_is_read_at_the_size_of_the_network(command, tmp_path):
+    """Trained on pictures of one size, tested on others of another."""
+    random = np.random.RandomState(0)
+    for root, size in (("small", 12), ("large", 24)):
+        for name, level in (("dark", 40), ("light", 200)):
+            folder = tmp_path / root / name
+            folder.mkdir(parents=True)
+            for index in range(8):
+                pixels = (level + random.randint(0, 40, (size, size))).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    words = ("--data", "folder", "--data-dir", "small", "--epochs", "2", "--batch-size", "4")
+    assert command("train", *words)[0] == 0
+    assert "on 4 test images of folder" in flat(command("evaluate", "model.safetensors")[1])
+    code, out, err = command("evaluate", "model.safetensors", "--data-dir", "large")
+    assert code == 0, err
+    assert "on 4 test images of folder" in flat(out)
+    code, out, _ = command("predict", "model.safetensors", "large/dark/0.png", "--top", "2")
+    assert code == 0
+    assert "dark (" in out

@@ -60,12 +60,13 @@ def test_data(card: Card, name: str | None, folder: Path | None, image_size: int
     from ..study.data import load
 
     own = card.training.data
-    same = name is None or name == own.name
-    if folder is None and same:
+    if folder is None and name in (None, own.name):
         folder = own.path
-    if image_size is None and same:
-        image_size = own.image_size
+    if image_size is None and (name or own.name) == "folder" and card.shape[1] == card.shape[2]:
+        image_size = card.shape[1]
     dataset = load(name or own.name, folder, image_size=image_size)
+    for text in dataset.notes:
+        note(text)
     if dataset.shape != card.shape:
         raise ConfigError(
             f"{dataset.name} has images of {size_of(dataset.shape)}, but the network was trained "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,6 +48,17 @@ class Training:
             raise ConfigError(
                 f"unknown schedule '{self.schedule}'; choose one of {', '.join(SCHEDULES)}"
             )
+
+        for key in ("learning_rate", "weight_decay", "eps", "bn_momentum"):
+            if not math.isfinite(getattr(self.arm, key)):
+                raise ConfigError(f"{key} is {getattr(self.arm, key)}; give a finite number")
+        try:
+            json.dumps(self.arm.options, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"the options {dict(self.arm.options)} of the optimizer cannot be kept ({error}); "
+                "give finite numbers, true, false, null or lists"
+            ) from error
 
     def rate(self, step: int, total: int) -> float:
         """The share of the learning rate that the step after ``step`` steps gets."""

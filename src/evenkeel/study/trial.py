@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import platform
@@ -16,9 +15,10 @@ from torch import Tensor, fx
 
 from .. import __version__
 from ..surgery.fold import fold, skip_norms
-from ..surgery.graph import NORMS, is_activation
+from ..surgery.graph import is_activation
 from .arms import Arm, Plan
 from .data import Dataset
+from .inference import by_batch
 from .train import Feeder, evaluate, make_network, make_optimizer, train
 
 __all__ = ["Trial", "run_trial"]
@@ -187,14 +187,10 @@ class _Probe(fx.Interpreter):
 def _four_ways(network: fx.GraphModule, feeder: Feeder) -> dict[str, Any]:
     """The trained network's test accuracy with each treatment of its norms."""
     example = next(feeder.test())[0]
-    by_batch = copy.deepcopy(network)
-    for module in by_batch.modules():
-        if isinstance(module, NORMS):
-            module.train()
     folded, report = fold(network, example)
     return {
         "running": evaluate(network, feeder.test()).accuracy,
-        "batch": evaluate(by_batch, feeder.test()).accuracy,
+        "batch": evaluate(by_batch(network), feeder.test()).accuracy,
         "skipped": evaluate(skip_norms(network), feeder.test()).accuracy,
         "folded": evaluate(folded, feeder.test()).accuracy,
         "fold": report.to_dict(),
