@@ -215,6 +215,15 @@ class TestPlansOfTheUsers:
         assert found(plan, 9) == {("before 2", "plain 2"), ("before 32", "plain 32")}
         assert [c.a.batch_size for c in BY_NUMBER[9].contrasts(plan)] == [2, 32]
 
+    def test_only_batch_norm_is_asked_how_small_a_batch_it_stands(self):
+        layer = {"statistics": "layer", "dense_statistics": "layer"}
+        small = {"batch_size": 2, "learning_rate": NONE.learning_rate / 16}
+        arms = [replace(arm, name=f"{arm.name} 32", **layer) for arm in (NONE, BEFORE)]
+        arms += [replace(arm, name=f"{arm.name} 2", **layer, **small) for arm in (NONE, BEFORE)]
+        plan = plan_of(*arms)
+        assert len(differing_in(plan, "placement", "before-activation", "none")) == 2
+        assert found(plan, 9) == set()
+
     def test_a_study_of_one_arm_has_no_contrasts(self):
         plan = plan_of(Arm("only", placement="before-activation"))
         assert all(question.contrasts(plan) == [] for question in QUESTIONS)

@@ -13,10 +13,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from evenkeel.errors import SurgeryError
 from evenkeel.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Norm, PerActivationBatchNorm
 from evenkeel.surgery import fold as fold_module
-from evenkeel.surgery.fold import BUDGET, FoldReport, fold, folded_weights, skip_norms
-from evenkeel.surgery.introduce import PLACEMENTS, introduce
+from evenkeel.surgery.fold import BUDGET, FoldReport, fold, folded_weights
+from evenkeel.surgery.introduce import introduce
 
-from .nets import ALL, built, images, kinds, randomized, state
+from .nets import ALL, TwoFaced, built, images, kinds, randomized, state
 
 SHAPES = {1: (4, 4, 9), 2: (4, 4, 7, 7), 3: (4, 4, 5, 5, 5)}
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -54,6 +54,9 @@ def all_folded(model, x, tolerance=BUDGET):
     assert report.left == ()
     assert report.folded
     assert not any(isinstance(m, fold_module.NORMS) for m in folded.modules())
+    for _, name in report.folded:
+        layer = folded.get_submodule(name)
+        assert layer.bias.shape == (getattr(layer, "out_channels", layer.bias.numel()),)
     assert_same(model, folded, example(x.shape, x.dtype, seed=2), tolerance)
     return folded, report
 
@@ -361,6 +364,12 @@ def test_outputs_that_cannot_be_compared_are_refused():
         fold(nn.Sequential(nn.Conv2d(1, 2, 3), BatchNorm2d(2)), images(0))
 
 
+def test_what_a_network_does_in_training_is_nobodys_concern():
+    model = TwoFaced()
+    model.fc1 = nn.Sequential(model.fc1, randomized(BatchNorm1d(4)))
+    all_folded(model, example((5, 4)))
+
+
 def test_half_precision_folds_or_is_refused():
     torch.manual_seed(0)
     model = randomized(nn.Sequential(nn.Conv2d(4, 6, 3), BatchNorm2d(6))).bfloat16()
@@ -368,31 +377,3 @@ def test_half_precision_folds_or_is_refused():
         fold(model, example(SHAPES[2], torch.bfloat16))
     model[1].reset_parameters()
     assert len(fold(model, example(SHAPES[2], torch.bfloat16))[1].folded) == 1
-
-
-# The mistake of leaving them out
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_skipping_leaves_the_norms_out(placement):
-    network, report = introduce(built("standard"), images(2), placement)
-    randomized(network).eval()
-    before = state(network)
-    skipped = skip_norms(network)
-    assert state(network) == before
-    names = [name for name, _ in report.norms]
-    assert all(type(skipped.get_submodule(name)) is nn.Identity for name in names)
-    plain = built("standard").eval()
-    with torch.no_grad():
-        for name in report.dropped_biases:
-            plain.get_submodule(name).bias.zero_()
-    assert torch.equal(skipped(images()), plain(images()))
-    assert not torch.allclose(network(images()), plain(images()))
-
-
-def test_skipping_finds_a_norm_under_all_of_its_names():
-    norm = randomized(BatchNorm2d(2))
-    model = nn.Sequential(nn.Conv2d(1, 2, 1), norm, nn.Conv2d(2, 2, 1), norm, nn.Flatten())
-    skipped = skip_norms(model)
-    assert not any(isinstance(m, BatchNorm2d) for m in skipped.modules())
-    assert torch.equal(skipped(images()), nn.Sequential(model[0], model[2], model[4])(images()))

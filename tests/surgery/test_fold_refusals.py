@@ -205,6 +205,9 @@ LEFT = {
     "groups of channels": (
         chain(conv(), Norm("n (g c) h w -> g", "(g c)", g=2, c=2)), IMAGE, {"1": PLACES},
     ),
+    "groups of channels, no gammas": (
+        chain(conv(), Norm("n (g c) h w -> g", None, g=2, c=2)), IMAGE, {"1": PLACES},
+    ),
 }  # fmt: skip
 
 
