@@ -154,15 +154,16 @@ def normalize(
             "the statistics of the batch"
         )
     given = (None, None) if from_batch else (running_mean, running_var)
-    parts = x.reshape(bound.shape)
+    split = len(bound.shape) != x.dim()
+    parts = x.reshape(bound.shape) if split else x
     y: Tensor
     if spec.affine_is_owners or (weight is None and bias is None):
-        added = None if residual is None else residual.reshape(bound.shape)
+        added = residual.reshape(bound.shape) if split and residual is not None else residual
         owned = (_per_owner(weight, bound), _per_owner(bias, bound))
         y, mean, var = norm(
             parts, *owned, added, *given, bound.kept, eps, act.name, act.slope, backend
         )
-        y = y.reshape(x.shape)
+        y = y.reshape(x.shape) if split else y
     else:
         wide = parts.to(torch.promote_types(x.dtype, torch.float32))
         y, mean, var = norm(wide, None, None, None, *given, bound.kept, eps, "none", 0.0, backend)

@@ -271,10 +271,13 @@ def _aligned(t: Tensor, x: Tensor, view: View) -> Tensor:
 
 
 def _like(t: Tensor, x: Tensor) -> Tensor:
-    """``t`` with exactly the strides that ``empty_like(x)`` has, as the fake kernels promise."""
+    """``t`` with exactly the strides that ``empty_like(x)`` has, as the fake kernels promise.
+
+    And no view: behind a norm comes a ReLU that may work in place, which autograd forbids on views.
+    """
     differs = [a != b for a, b in zip(t.stride(), x.stride(), strict=True)]
     if not any(differs):
-        return t
+        return t.data
     if all(size == 1 for size, unlike in zip(x.shape, differs, strict=True) if unlike):
-        return t.as_strided(x.shape, x.stride())  # of a size of one, the stride means nothing
+        return t.as_strided(x.shape, x.stride()).data  # of a size of one, the stride means nothing
     return torch.empty_like(x, dtype=t.dtype).copy_(t)

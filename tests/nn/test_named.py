@@ -266,3 +266,17 @@ def test_the_comparison_can_fail() -> None:
     mine(batch((5, 3, 4, 2), 0))
     with pytest.raises(AssertionError, match="running_mean"):
         same_state(mine, theirs)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_relu_behind_the_norm_may_work_in_place(training, layout):
+    """The commonest idiom of all."""
+    x = torch.randn(4, 3, 5, 5).to(memory_format=layout)
+    gradients = []
+    for norm in (ours.BatchNorm2d(3), torch.nn.BatchNorm2d(3)):
+        leaf = x.clone().requires_grad_()
+        y = torch.nn.Sequential(norm, torch.nn.ReLU(inplace=True)).train(training)(leaf)
+        y.square().sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)

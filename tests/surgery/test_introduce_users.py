@@ -234,11 +234,6 @@ def test_the_network_trains_copies_pickles_and_loads(placement, tmp_path):
     assert torch.equal(second.eval()(x), wanted)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="evenkeel::norm gives a view, and autograd refuses to change that in place",
-    raises=RuntimeError,
-)
 def test_a_network_with_activations_in_place_trains():
     model = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(144, 3)
