@@ -172,8 +172,9 @@ class TestStop:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
         process = start(*WORDS, before=little_room)
-        _, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=60)
         assert process.returncode == 2
+        assert "epoch 1" not in out  # told at once, not behind an epoch's work
         assert "model.state.safetensors cannot be written (File too large)" in flat(err)
         assert "Traceback" not in err
         assert os.listdir(tmp_path) == []
