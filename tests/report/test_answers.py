@@ -19,7 +19,6 @@ from .planted import (
     BEFORE,
     NONE,
     assert_readable,
-    compared,
     failed,
     made,
     plan_of,
@@ -133,17 +132,13 @@ class TestWhereNothingCanBeSaid:
 class TestNextStep:
     UNCLEAR = study(PLAN, {"before": VAGUE, "after": LOW})
 
-    def wanted(self, mean, spread):
-        return replace(
-            compared(VAGUE, LOW), accuracy=replace(compared(VAGUE, LOW).accuracy, mean=mean),
-            spread=spread,
-        ).seeds_to_tell()  # fmt: skip
-
     def test_a_study_of_the_users_says_how_many_seeds(self):
-        difference = np.subtract(VAGUE, LOW)
-        seeds = self.wanted(difference.mean(), difference.std(ddof=1))
-        assert 8 < seeds <= 200
         found = first(PLAN, self.UNCLEAR)
+        comparison = found.evidence[0].comparison
+        assert comparison.family == 2  # accuracy and speed
+        assert comparison.accuracy.mean == pytest.approx(np.subtract(VAGUE, LOW).mean())
+        seeds = comparison.seeds_to_tell()
+        assert 8 < seeds <= 500
         assert found.next_step == f"About {seeds} seeds would show a difference of this size."
 
     @pytest.mark.parametrize(

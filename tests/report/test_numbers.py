@@ -160,6 +160,15 @@ class TestSeedsToTell:
         power = (stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05).mean()
         assert 0.77 < power < 0.85
 
+    def test_a_family_needs_more(self):
+        """The same holds at the level that Holm leaves to the smallest of ten p-values."""
+        planted = replace(compared([1, 1, 1], [0, 0, 0]), accuracy=Interval(0.01), spread=0.015)
+        seeds = replace(planted, family=10).seeds_to_tell()
+        assert seeds > planted.seeds_to_tell()
+        draws = np.random.default_rng(0).normal(0.01, 0.015, (4000, seeds))
+        power = (stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.005).mean()
+        assert 0.74 < power < 0.85
+
     def test_where_no_number_can_be_said(self):
         assert compared([0.9, 0.8], [0.9, 0.8]).seeds_to_tell() is None
         assert compared([0.9, 0.8], [0.8, 0.9]).seeds_to_tell() is None

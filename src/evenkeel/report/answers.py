@@ -141,7 +141,7 @@ def _next_step(
     if found is None:
         return f"Run: {_command(plan, q.preset)}"
     seeds = found.comparison.seeds_to_tell()
-    if seeds is None or seeds > 200:
+    if seeds is None or seeds > 500:
         return (
             "The difference is so small that no affordable number of seeds would show it; a harder "
             "data set might (--data cifar10)."

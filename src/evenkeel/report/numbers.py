@@ -91,6 +91,7 @@ class Comparison:
         speed_p, speed_p_corrected: of no difference in speed.
         identical: every trial of ``a`` has the very numbers of that of ``b``.
         spread: standard deviation of the accuracy difference.
+        family: how many p-values were corrected together.
     """
 
     a: str
@@ -107,15 +108,18 @@ class Comparison:
     speed_p_corrected: float | None
     identical: bool
     spread: float
+    family: int = 1
 
     def seeds_to_tell(self) -> int | None:
         """Seeds with which a true difference of this size would show up four times out of five.
 
-        From the usual power formula at the 5 % level, not corrected for other comparisons.
+        From the usual power formula at the 5 % level shared out among the family, which is the
+        strictest that Holm's correction can be.
         """
         if abs(self.accuracy.mean) < _SAME:
             return None
-        needed = math.ceil(((1.96 + 0.84) * self.spread / self.accuracy.mean) ** 2) + 1
+        quantiles = float(stats.norm.isf(0.025 / self.family) + stats.norm.isf(0.2))
+        needed = math.ceil((quantiles * self.spread / self.accuracy.mean) ** 2) + 1
         return max(needed, 6) if self.spread < _SAME else needed
 
 
@@ -235,12 +239,14 @@ def as_family(comparisons: Sequence[Comparison], *, jointly: bool = True) -> lis
         accuracy, speed = corrected(accuracy), corrected(speed)
     alike = corrected([c.p_alike for c in comparisons])
     of_speed = iter(speed)
+    family = len(accuracy) + (len(speed) if jointly else 0)
     return [
         replace(
             each,
             p_corrected=accuracy[place],
             p_alike_corrected=alike[place],
             speed_p_corrected=None if each.speed_p is None else next(of_speed),
+            family=family,
         )
         for place, each in enumerate(comparisons)
     ]
