@@ -1,5 +1,7 @@
 """Settings that every test shares."""
 
+import sys
+
 import pytest
 import torch
 from hypothesis import settings
@@ -8,6 +10,12 @@ torch.set_num_threads(1)
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _own_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks of users are imported from the folder at hand; no test leaves its own behind."""
+    monkeypatch.setattr(sys, "path", sys.path.copy())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
