@@ -64,7 +64,7 @@ def test_speed_alone_is_an_answer():
         {"before": [10, 20, 10, 20, 10, 10, 20, 20], "after": [40] * 8},
     )
     found = first(PLAN, trials)
-    assert (found.verdict, found.evidence[0].verdict) == ("answered", "better")
+    assert (found.verdict, found.evidence[0].verdict) == ("answered", "faster")
     assert "cannot tell which ends higher" in found.sentence
     assert "but batch norm before the activation reaches 90 % 2.8 times sooner" in found.sentence
     assert found.next_step == ""

@@ -122,19 +122,19 @@ SENTENCES = [
     (WORSE | SLOWER | {"censored": True}, "worse",
      "The net ends 30.6 points below the other (95 % interval -34.8 to -26.4 points, p < 0.001), "
      "and needs at least 2.0 times the steps to 95 % (95 % interval 1.6 to 2.5 times, p = 0.02)."),
-    (ALIKE | FASTER, "better",
+    (ALIKE | FASTER, "faster",
      "The net ends within half a point of the other (95 % interval -0.2 to +0.3 points; p = 0.02 "
      "for more), but it reaches 95 % 4.6 times sooner (95 % interval 3.7 to 5.8 times, "
      "p < 0.001)."),
-    (ALIKE | SLOWER, "worse",
+    (ALIKE | SLOWER, "slower",
      "The net ends within half a point of the other (95 % interval -0.2 to +0.3 points; p = 0.02 "
      "for more), but it needs 2.0 times the steps to 95 % (95 % interval 1.6 to 2.5 times, "
      "p = 0.02)."),
-    (FASTER | {"censored": True}, "better",
+    (FASTER | {"censored": True}, "faster",
      "The net against the other: this study cannot tell which ends higher (95 % interval -1.0 to "
      "+1.0 points, p = 0.50), but the net reaches 95 % at least 4.6 times sooner (95 % interval "
      "3.7 to 5.8 times, p < 0.001)."),
-    (SLOWER, "worse",
+    (SLOWER, "slower",
      "The net against the other: this study cannot tell which ends higher (95 % interval -1.0 to "
      "+1.0 points, p = 0.50), but the net needs 2.0 times the steps to 95 % (95 % interval 1.6 to "
      "2.5 times, p = 0.02)."),
@@ -143,7 +143,7 @@ SENTENCES = [
      "+1.0 points, p = 0.50)."),
     (BETTER | DULL, "better",
      "The net ends 1.4 points above the other (95 % interval +0.9 to +2.2 points, p = 0.004)."),
-    ({"speed": Interval(1.04, 1.02, 30.0), "speed_p_corrected": 0.01}, "better",
+    ({"speed": Interval(1.04, 1.02, 30.0), "speed_p_corrected": 0.01}, "faster",
      "The net against the other: this study cannot tell which ends higher (95 % interval -1.0 to "
      "+1.0 points, p = 0.50), but the net reaches 95 % 1.04 times sooner (95 % interval 1.02 to 30 "
      "times, p = 0.01)."),

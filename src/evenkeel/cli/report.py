@@ -66,6 +66,7 @@ def _summary(numbers: Report) -> None:
     for arm in numbers.arms:
         table.add_row(*_cells(arm))
     console.print(table)
+    console.print("[dim]* differs from the baseline on matched seeds, corrected p < 0.05[/]")
     if numbers.finished < numbers.planned:
         console.print(f"[yellow]{numbers.finished} of {numbers.planned} trials are done.[/]")
     if numbers.lead is not None:
@@ -85,9 +86,10 @@ def _cells(arm: ArmSummary) -> tuple[str, ...]:
             span = f"{100 * arm.accuracy.low:.2f} .. {100 * arm.accuracy.high:.2f}"
     if arm.steps is not None and arm.reached:
         part = "" if arm.reached == arm.trials else f" ({arm.reached}/{arm.trials})"
-        steps = f"{arm.steps.mean:.0f}{part}"
+        star = " *" if arm.against is not None and arm.against.differs_in_speed else "  "
+        steps = f"{arm.steps.mean:.0f}{part}{star}"
     if arm.against is not None:
-        star = " *" if arm.against.p_corrected < 0.05 else ""
+        star = " *" if arm.against.differs else "  "
         against = f"{100 * arm.against.accuracy.mean:+.2f}{star}"
     trouble = ", ".join(
         f"{count} {what}" for count, what in ((arm.diverged, "diverged"), (arm.failed, "failed"))

@@ -12,7 +12,7 @@ from ..study.trial import Trial
 from .demonstration import BackwardFacts, ModeFacts, backward_facts, mode_facts
 from .numbers import Comparison, Interval, as_family, compare_arms, comparison, interval
 from .questions import QUESTIONS, Contrast, Question
-from .wording import LEVEL, Evidence, context, evidence, percent, points, probability
+from .wording import Evidence, context, evidence, percent, points, probability
 
 __all__ = ["Answer", "FourWays", "answers", "best_of", "four_ways"]
 
@@ -190,7 +190,7 @@ def _inference_answer(plan: Plan, q: Question, ways: FourWays | None) -> Answer:
         step = f"Run: {_command(plan, q.preset)}"
         text = "This study has no trained batch norm to skip, or too few seeds."
         return Answer(5, q.text, "cannot tell", text, (), step, q.background, inference=ways)
-    known = ways.drop.p_corrected < LEVEL
+    known = ways.drop.differs
     step = "" if known else "More seeds would tell."
     verdict = "answered" if known else "cannot tell"
     sentence = f"{_skipping(ways, ways.drop)} {_folding(ways)}"
@@ -200,7 +200,7 @@ def _inference_answer(plan: Plan, q: Question, ways: FourWays | None) -> Answer:
 def _skipping(ways: FourWays, drop: Comparison) -> str:
     """What leaving the norms out does."""
     loss = drop.accuracy
-    known = drop.p_corrected < LEVEL
+    known = drop.differs
     start = "This study cannot tell"
     if known:
         start = "No" if loss.mean > 0 else "Here it did no harm"

@@ -23,7 +23,7 @@ from .plots import (
     stretch,
 )
 from .tables import WAYS, span, ways_of_all
-from .wording import LEVEL, percent
+from .wording import percent
 
 __all__ = ["finals", "ways"]
 
@@ -89,7 +89,7 @@ def _dots(known: Sequence[tuple[ArmSummary, Interval]], baseline: str) -> dict[s
     def symbol(arm: ArmSummary) -> str:
         if arm.name == baseline:
             return "square"
-        sure = arm.against is not None and arm.against.p_corrected < LEVEL
+        sure = arm.against is not None and arm.against.differs
         return "circle" if sure else "circle-open"
 
     colours = ["@c2" if arm.name == baseline else "@c1" for arm, _ in known]

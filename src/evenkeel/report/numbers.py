@@ -20,6 +20,7 @@ from ..study.trial import Trial
 
 __all__ = [
     "ALIKE",
+    "LEVEL",
     "ArmSummary",
     "Comparison",
     "Curve",
@@ -36,6 +37,8 @@ __all__ = [
 ]
 
 RESAMPLES = 10_000
+LEVEL = 0.05
+"""Below this a corrected p-value counts as a difference."""
 ALIKE = 0.005
 """Arms whose accuracies differ by less than this are called alike: half a point."""
 _SAME = 1e-9
@@ -109,6 +112,21 @@ class Comparison:
     identical: bool
     spread: float
     family: int = 1
+
+    @property
+    def differs(self) -> bool:
+        """Whether the accuracies are known to differ."""
+        return self.p_corrected < LEVEL
+
+    @property
+    def differs_in_speed(self) -> bool:
+        """Whether the steps to the target are known to differ."""
+        return self.speed_p_corrected is not None and self.speed_p_corrected < LEVEL
+
+    @property
+    def is_alike(self) -> bool:
+        """Whether the accuracies are known to differ by less than `ALIKE`."""
+        return self.p_alike_corrected < LEVEL
 
     def seeds_to_tell(self) -> int | None:
         """Seeds with which a true difference of this size would show up four times out of five.

@@ -42,9 +42,9 @@ _METHOD = (
     "resamples). P-values are of paired t tests, corrected by Holm within each question, and for "
     "the table of arms within the table, so that the chance of any false alarm there stays below "
     "5 %.",
-    "'Better' and 'worse' say how the first of two compared does, in final accuracy or, where "
-    "that is unclear, in steps to the target. 'Alike' is a claim too: the difference is less than "
-    "half a point, by two one-sided tests. 'Unclear' means that this study cannot tell. The small "
+    "'Better' and 'worse' say how the first of two compared does in final accuracy, 'faster' and "
+    "'slower' how it does in steps to the target alone. 'Alike' is a claim too: the difference is "
+    "less than half a point, by two one-sided tests. 'Unclear' means that this study cannot tell. The small "
     "drawings show each difference with its interval; the grey zone is half a point.",
     "Accuracy is of test images. A trial that never reached the target counts with all its steps, "
     "so that ratios of steps are cautious. A trial whose loss stops being finite has diverged; it "

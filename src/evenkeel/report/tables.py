@@ -12,7 +12,7 @@ from .build import Report, Row
 from .demonstration import BackwardFacts, ModeFacts
 from .markup import Cell, Column, Table
 from .numbers import ArmSummary, Interval
-from .wording import LEVEL, percent
+from .wording import percent
 
 __all__ = [
     "arms",
@@ -69,7 +69,7 @@ def _arm(report: Report, arm: ArmSummary, base: Mapping[str, Any]) -> tuple[Cell
         accuracy = Cell(percent(mean, 2), mean, note=span(arm.accuracy, digits=2))
     if arm.against is not None:
         found = arm.against
-        kind = "strong" if found.p_corrected < LEVEL else ""
+        kind = "strong" if found.differs else ""
         mean = found.accuracy.mean
         against = Cell(
             points_with_sign(mean), mean, kind, note=span(found.accuracy, digits=2, signed=True)

@@ -7,19 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..study.arms import Arm
-from .numbers import Comparison, Interval
+from .numbers import LEVEL, Comparison, Interval
 
 __all__ = ["Evidence", "context", "evidence", "percent", "points", "probability", "times"]
-
-LEVEL = 0.05
 
 
 @dataclass(frozen=True)
 class Evidence:
     """One comparison in words.
 
-    ``verdict`` is 'better' or 'worse' (a against b, in accuracy or, that being unclear, in speed),
-    'alike', 'identical' or 'unclear'.
+    ``verdict`` is 'better' or 'worse' (a against b, in accuracy), 'faster' or 'slower' (where only
+    the speed is known to differ), 'alike', 'identical' or 'unclear'.
     """
 
     verdict: str
@@ -35,28 +33,28 @@ def evidence(c: Comparison, a: str, b: str, where: str, target: float) -> Eviden
     speed = _speed(c, target)
     if c.identical:
         return Evidence("identical", f"{start} and {b} give the same numbers in every trial.", c)
-    if c.p_corrected < LEVEL:
+    if c.differs:
         up = c.accuracy.mean > 0
         text = f"{start} ends {points(abs(c.accuracy.mean))} {'above' if up else 'below'} {b}"
         also = f", and {speed}" if speed else ""
         numbers = f"{span}, {probability(c.p_corrected)}"
         return Evidence("better" if up else "worse", f"{text} ({numbers}){also}.", c)
-    alike = c.p_alike_corrected < LEVEL
-    if alike:
+    if c.is_alike:
         p = probability(c.p_alike_corrected)
         text = f"{start} ends within half a point of {b} ({span}; {p} for more)"
     else:
         numbers = f"{span}, {probability(c.p_corrected)}"
         text = f"{start} against {b}: this study cannot tell which ends higher ({numbers})"
     if speed and c.speed is not None:
-        who = "it" if alike else a
-        return Evidence("better" if c.speed.mean > 1 else "worse", f"{text}, but {who} {speed}.", c)
-    return Evidence("alike" if alike else "unclear", f"{text}.", c)
+        who = "it" if c.is_alike else a
+        verdict = "faster" if c.speed.mean > 1 else "slower"
+        return Evidence(verdict, f"{text}, but {who} {speed}.", c)
+    return Evidence("alike" if c.is_alike else "unclear", f"{text}.", c)
 
 
 def _speed(c: Comparison, target: float) -> str:
     """What the steps to the target say, or nothing if they say nothing for sure."""
-    if c.speed is None or c.speed_p_corrected is None or c.speed_p_corrected >= LEVEL:
+    if c.speed is None or c.speed_p_corrected is None or not c.differs_in_speed:
         return ""
     ratio = c.speed.mean
     least = "at least " if c.censored else ""

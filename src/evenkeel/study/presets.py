@@ -85,9 +85,9 @@ def quick() -> Plan:
         replace(with_sigmoid, name="sigmoid, after", placement="after-activation"),
         replace(with_sigmoid, name="sigmoid, no gamma and beta", affine=False),
         *_at_rates({"0.2": 0.2}, NONE, BEFORE),
-        *_at_batches({2: 1000}, NONE, BEFORE, layer),
+        *_at_batches({2: 800}, NONE, BEFORE, layer),
     )
-    return Plan("quick", arms, seeds=8, steps=300, points=20, target=0.95, curve_limit=450)
+    return Plan("quick", arms, seeds=7, steps=300, points=20, target=0.95, curve_limit=450)
 
 
 def placement() -> Plan:
