@@ -44,8 +44,8 @@ _METHOD = (
     "5 %.",
     "'Better' and 'worse' say how the first of two compared does in final accuracy, 'faster' and "
     "'slower' how it does in steps to the target alone. 'Alike' is a claim too: the difference is "
-    "less than half a point, by two one-sided tests. 'Unclear' means that this study cannot tell. The small "
-    "drawings show each difference with its interval; the grey zone is half a point.",
+    "less than half a point, by two one-sided tests. 'Unclear' means that this study cannot tell. "
+    "The small drawings show each difference with its interval; the grey zone is half a point.",
     "Accuracy is of test images. A trial that never reached the target counts with all its steps, "
     "so that ratios of steps are cautious. A trial whose loss stops being finite has diverged; it "
     "counts with the accuracy that it had.",
