@@ -209,7 +209,7 @@ class TestHeader:
 
     def test_trouble_is_told(self, tree):
         note = tree.one("header").one("p", class_="note")
-        assert note.text == "Of 40 trials, 4 diverged; the tables show them."
+        assert note.text == "Of 40 trials, 4 diverged: see the trials."
 
     def test_an_unfinished_study_says_so(self, unfinished):
         note = read(render(unfinished)).one("header").one("p", class_="note")

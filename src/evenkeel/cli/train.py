@@ -173,7 +173,7 @@ def _fresh(given: dict[str, Any], folder: Path | None, device: str) -> Fit:
     from ..study.training import training_for
 
     picked = {key: given.pop(key) for key in ("image_size", "binary") if key in given}
-    path = None if folder is None else str(folder.expanduser().absolute())
+    path = None if folder is None else str(folder.expanduser().resolve())
     data = Data(given.pop("data", "digits"), path, **picked)
     training = training_for(data, **({"placement": "before-activation"} | given))
     where = device_named(device)
@@ -194,7 +194,7 @@ def _resumed(out: Path, folder: Path | None, model: str | None, device: str) -> 
     state = read_state(path)
     training = state.card.training
     if folder is not None:
-        data = replace(training.data, folder=str(folder.expanduser().absolute()))
+        data = replace(training.data, folder=str(folder.expanduser().resolve()))
         training = replace(training, data=data)
         state = replace(state, card=replace(state.card, training=training))
     where = device_named(device)

@@ -80,7 +80,7 @@ def _choice(band: Band) -> dict[str, Any]:
 
 def _traces(band: Band, side: int) -> list[dict[str, Any]]:
     """Low, high and middle of one panel, in this order."""
-    colour = f"@c{2 - side}"
+    colour = f"@c{side + 1}"
     common = {"x": list(band.steps), "mode": "lines", "hoverinfo": "x+y"}
     if side:
         common |= {"xaxis": "x2", "yaxis": "y2"}

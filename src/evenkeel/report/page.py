@@ -154,7 +154,7 @@ def _notes(report: Report) -> str:
         if (count := sum(row.status == status for row in report.rows))
     ]
     if counts:
-        notes.append(f"Of {report.finished} trials, {' and '.join(counts)}; the tables show them.")
+        notes.append(f"Of {report.finished} trials, {' and '.join(counts)}: see the trials.")
     return "".join(f'<p class="note">{prose(note)}</p>\n' for note in notes)
 
 

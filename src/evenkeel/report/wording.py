@@ -119,8 +119,8 @@ def times(ratio: float) -> str:
 
 def _span(i: Interval) -> str:
     if i.low is None or i.high is None:
-        return f"{100 * i.mean:+.1f} points"
-    return f"95 % interval {100 * i.low:+.1f} to {100 * i.high:+.1f} points"
+        return f"{100 * i.mean:+z.1f} points"
+    return f"95 % interval {100 * i.low:+z.1f} to {100 * i.high:+z.1f} points"
 
 
 def _ratio_span(i: Interval) -> str:

@@ -257,7 +257,7 @@ class Plan:
         if data is not None and data != source.name:
             source = replace(source, name=data, folder=None)
         if folder is not None:
-            source = replace(source, folder=str(folder.expanduser().absolute()))
+            source = replace(source, folder=str(folder.expanduser().resolve()))
         kept = {arm.name for arm in arms}
         baseline = self.baseline if self.baseline in kept else arms[0].name
         return self.on(arms=arms, data=source, steps=steps, seeds=seeds, baseline=baseline)
