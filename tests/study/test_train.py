@@ -29,6 +29,10 @@ def all_of(batches, count):
 
 
 class TestFeeder:
+    def test_no_test_batch_is_a_single_image(self):
+        sizes = [len(labels) for _, labels in feeder().test(31, size=10)]
+        assert sizes == [8, 8, 8, 7]
+
     def test_raw_images_are_between_zero_and_one(self):
         x, _ = all_of(feeder(input_norm=False).test(), 1)
         assert torch.equal(x, DATA.test.images.float() / 255)

@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from evenkeel.errors import SurgeryError
+from evenkeel.study import inference
 from evenkeel.study.arms import Arm
 from evenkeel.study.data import load
 from evenkeel.study.trial import Trial, run_trial
@@ -65,6 +67,19 @@ def test_four_ways_of_inference():
     assert 0 < ways["fold"]["difference"] < 1e-5 * ways["fold"]["scale"]
 
 
+def test_a_refused_fold_is_told_and_the_training_counts(monkeypatch):
+    whole = trial()
+
+    def refuse(network, example):
+        raise SurgeryError("folding changed the output by 1 where 0 is allowed")
+
+    monkeypatch.setattr(inference, "fold", refuse)
+    t = trial()
+    assert (t.status, t.inference) == ("ok", {})
+    assert (t.final, t.accuracy) == (whole.final, whole.accuracy)
+    assert t.error == "inference, folded: folding changed the output by 1 where 0 is allowed"
+
+
 def test_an_arm_without_norms_has_no_four_ways():
     assert trial(Arm("plain")).inference == {}
 
@@ -80,8 +95,8 @@ def test_every_placement_with_every_statistic_trains(placement, statistics):
 def test_both_modes_are_one_on_dense_layers():
     arm = replace(NORMED, dense_statistics="per-activation")
     mine, theirs = outcome(trial(arm)), outcome(trial())
-    inference = {k: v for k, v in mine.inference.items() if k != "fold"}
-    assert inference == {k: v for k, v in theirs.inference.items() if k != "fold"}
+    ways = {k: v for k, v in mine.inference.items() if k != "fold"}
+    assert ways == {k: v for k, v in theirs.inference.items() if k != "fold"}
     assert replace(mine, key="", inference={}) == replace(theirs, key="", inference={})
 
 

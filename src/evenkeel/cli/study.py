@@ -190,7 +190,7 @@ def _run(prepared: Prepared, folder: Path, workers: int, retry_failed: bool) -> 
                 if isinstance(event, Trial):
                     finished += 1
                     failed += event.status == "failed"
-                    if event.status != "ok":
+                    if event.status != "ok" or event.error:
                         _tell_trouble(progress.console, event)
                 else:
                     arm = next(arm for arm in plan.arms if arm.name == event.arm)

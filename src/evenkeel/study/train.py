@@ -100,11 +100,15 @@ class Feeder:
             epoch, within = epoch + 1, 0
 
     def test(self, limit: int | None = None, size: int = _EVAL_BATCH) -> Batches:
-        """The test images in batches, in their order."""
-        count = len(self.test_labels) if limit is None else min(limit, len(self.test_labels))
-        for at in range(0, count, size):
-            end = min(at + size, count)
-            yield self._ready(self._test[at:end]), self.test_labels[at:end]
+        """The test images in their order, in batches of nearly equal sizes.
+
+        Equal, because a last batch of one image has no statistics of its own.
+        """
+        images, labels = self._test[:limit], self.test_labels[:limit]
+        parts = -(-len(labels) // size)
+        pairs = zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
+        for some, answers in pairs:
+            yield self._ready(some), answers
 
 
 def make_network(arm: Arm, feeder: Feeder, classes: int, seed: int) -> fx.GraphModule:

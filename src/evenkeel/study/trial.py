@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, fx
 
 from .. import __version__
-from ..surgery.fold import fold, skip_norms
+from ..errors import EvenkeelError
 from ..surgery.graph import is_activation
 from .arms import Arm, Plan
 from .data import Dataset
-from .inference import by_batch
+from .inference import compare
 from .train import Feeder, evaluate, make_network, make_optimizer, train
 
 __all__ = ["Trial", "run_trial"]
@@ -39,8 +39,9 @@ class Trial:
         final: test accuracy on all test images behind the last step.
         percentiles: of one hidden unit's input on fixed test images, a triple for each point: 15,
             50 and 85 %, as in the paper's figure 1.
-        inference: test accuracy with norms in each way of inference, and the largest difference of
-            a logit after folding; empty for an arm without norms.
+        inference: test accuracy with norms in each way of inference, and under 'fold' which norms
+            folded and the largest difference of a logit of any test image; empty for an arm without
+            norms, and where a way was refused, with the reason in ``error``.
         seconds: of training alone.
         provenance: versions, device, threads.
     """
@@ -101,6 +102,12 @@ def run_trial(
     network.eval()
     diverged = not math.isfinite(log.loss)
     final = evaluate(network, feeder.test()).accuracy
+    inference, refused = {}, ""
+    if arm.has_norm and not diverged:
+        try:
+            inference = _four_ways(network, feeder, dataset.classes)
+        except EvenkeelError as error:
+            refused = str(error)  # the training is done and counts
     return Trial(
         key=plan.key(arm),
         arm=arm.name,
@@ -111,7 +118,8 @@ def run_trial(
         train_loss=tuple(log.losses),
         final=final,
         percentiles=tuple(log.percentiles),
-        inference={} if diverged or not arm.has_norm else _four_ways(network, feeder),
+        inference=inference,
+        error=refused,
         seconds=round(seconds, 3),
         provenance=_provenance(device) | {"steps_done": last, "data": dataset.fingerprint},
     )
@@ -184,17 +192,17 @@ class _Probe(fx.Interpreter):
         return [(low, middle, high)]
 
 
-def _four_ways(network: fx.GraphModule, feeder: Feeder) -> dict[str, Any]:
+def _four_ways(network: fx.GraphModule, feeder: Feeder, classes: tuple[str, ...]) -> dict[str, Any]:
     """The trained network's test accuracy with each treatment of its norms."""
-    example = next(feeder.test())[0]
-    folded, report = fold(network, example)
-    return {
-        "running": evaluate(network, feeder.test()).accuracy,
-        "batch": evaluate(by_batch(network), feeder.test()).accuracy,
-        "skipped": evaluate(skip_norms(network), feeder.test()).accuracy,
-        "folded": evaluate(folded, feeder.test()).accuracy,
-        "fold": report.to_dict(),
-    }
+    ways: dict[str, Any] = {}
+    for way, result in compare(network, feeder.test, classes):
+        if isinstance(result, EvenkeelError):
+            raise type(result)(f"inference, {way}: {result}") from result
+        ways[way] = result.accuracy
+        if result.fold is not None:
+            seen = {"difference": result.difference, "scale": result.scale}
+            ways["fold"] = result.fold.to_dict() | seen
+    return ways
 
 
 def _provenance(device: torch.device) -> dict[str, Any]:
