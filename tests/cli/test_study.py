@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from evenkeel.cli import main
 from evenkeel.study.presets import PRESETS
 
 SMALL = """
@@ -27,22 +27,10 @@ placement = "before-activation"
 
 
 @pytest.fixture
-def evenkeel(capsys, monkeypatch, tmp_path):
+def evenkeel(command, monkeypatch):
     """Runs a command in an empty folder, 80 columns wide; gives exit code, output, errors."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["evenkeel", *words])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
+    return command
 
 
 def flat(text: str) -> str:
@@ -105,6 +93,19 @@ class TestStudy:
         assert code == 0
         assert "Left out: arm 'after pooling': Sequential has no place for" in flat(out)
         assert "on input of layers" in out
+        code, out, _ = evenkeel("study", "--model", "lenet5", "--dry-run")
+        assert "kept in runs/quick-digits-lenet5" in flat(out)
+
+    def test_your_own_pictures(self, evenkeel, tmp_path):
+        for place in range(8):
+            path = tmp_path / "pictures" / "ab"[place % 2] / f"{place}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (12, 12), 30 * place).save(path)
+        (tmp_path / "own.toml").write_text(SMALL.replace("0.1\n", "0.1\nbatch_size = 2\n"))
+        words = ("--data", "folder", "--data-dir", "pictures", "--image-size", "16", "--dry-run")
+        code, out, _ = evenkeel("study", "--config", "own.toml", *words)
+        assert code == 0
+        assert "6 training and 2 test images, 1x16x16, 2 classes" in flat(out)
 
     def test_a_failed_arm_is_shown(self, evenkeel, tmp_path):
         (tmp_path / "later.py").write_text(

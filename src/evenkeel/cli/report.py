@@ -66,7 +66,9 @@ def _summary(numbers: Report) -> None:
     for arm in numbers.arms:
         table.add_row(*_cells(arm))
     console.print(table)
-    console.print("[dim]* differs from the baseline on matched seeds, corrected p < 0.05[/]")
+    console.print(
+        "[dim]* differs from the baseline on matched seeds, p < 0.05 corrected over all arms[/]"
+    )
     if numbers.finished < numbers.planned:
         console.print(f"[yellow]{numbers.finished} of {numbers.planned} trials are done.[/]")
     if numbers.lead is not None:

@@ -42,6 +42,9 @@ def study(
     data_dir: Annotated[
         Path | None, typer.Option(help="Where the data's files are; without it, downloaded.")
     ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="For a folder: height and width of every image.", min=1)
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -56,7 +59,7 @@ def study(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     out: Annotated[
-        Path | None, typer.Option(help="The run's folder; runs/PRESET-DATA by default.")
+        Path | None, typer.Option(help="The run's folder; runs/PRESET-DATA[-MODEL] by default.")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the arms and the estimated time, train nothing.")
@@ -74,7 +77,7 @@ def study(
     """
     from ..study.run import prepare
 
-    choices = (preset, config, data, data_dir, model, steps)
+    choices = (preset, config, data, data_dir, image_size, model, steps)
     if resume and any(choice is not None for choice in choices):
         raise ConfigError(
             "--resume goes on with a run as it was; give only --out, --seeds or --workers with it"
@@ -84,9 +87,15 @@ def study(
         plan = _stored_plan(folder).on(seeds=seeds)
     else:
         plan = _planned(preset, config).adapted(
-            data=data, folder=data_dir, model=model, steps=steps, seeds=seeds
+            data=data,
+            folder=data_dir,
+            image_size=image_size,
+            model=model,
+            steps=steps,
+            seeds=seeds,
         )
-        folder = out or ROOT / plan.folder_name
+        suffix = f"-{model.replace(':', '.')}" if model else ""
+        folder = out or ROOT / (plan.folder_name + suffix)
     where = device_named(device)
     count = workers or (1 if where.type == "cuda" else os.cpu_count() or 1)
     with console.status("Loading the data and trying each arm") as status:

@@ -106,10 +106,12 @@ def points(share: float) -> str:
 
 
 def probability(p: float) -> str:
-    """A p-value with the digits it deserves: 'p = 0.03', 'p = 0.049', 'p < 0.001'."""
+    """A p-value with the digits it deserves: 'p = 0.03', 'p = 0.049', 'p = 0.0498', 'p < 0.001'."""
     if p < 0.001:
         return "p < 0.001"
-    return f"p = {p:.3f}" if p < 0.01 or abs(p - LEVEL) < 0.005 else f"p = {p:.2f}"
+    if abs(p - LEVEL) < 0.005:
+        return f"p = {p:.{4 if abs(p - LEVEL) < 0.0005 else 3}f}"
+    return f"p = {p:.3f}" if p < 0.01 else f"p = {p:.2f}"
 
 
 def times(ratio: float) -> str:

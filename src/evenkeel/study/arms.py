@@ -235,6 +235,7 @@ class Plan:
         *,
         data: str | None = None,
         folder: Path | None = None,
+        image_size: int | None = None,
         model: str | None = None,
         steps: int | None = None,
         seeds: int | None = None,
@@ -258,6 +259,8 @@ class Plan:
             source = replace(source, name=data, folder=None)
         if folder is not None:
             source = replace(source, folder=str(folder.expanduser().resolve()))
+        if image_size is not None:
+            source = replace(source, image_size=image_size)
         kept = {arm.name for arm in arms}
         baseline = self.baseline if self.baseline in kept else arms[0].name
         return self.on(arms=arms, data=source, steps=steps, seeds=seeds, baseline=baseline)
