@@ -1,10 +1,14 @@
 """Settings that every test shares."""
 
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+from evenkeel.cli import main
 
 torch.set_num_threads(1)
 
@@ -16,6 +20,29 @@ settings.load_profile("repeatable")
 def _own_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks of users are imported from the folder at hand; no test leaves its own behind."""
     monkeypatch.setattr(sys, "path", sys.path.copy())
+
+
+Said = tuple[int, str, str]
+"""Exit code, output, errors."""
+
+
+@pytest.fixture
+def command(capsys, monkeypatch, tmp_path) -> Callable[..., Said]:
+    """Runs a command here, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def run(*words: str | Path) -> Said:
+        monkeypatch.setattr(sys, "argv", ["evenkeel", *map(str, words)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

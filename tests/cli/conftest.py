@@ -1,4 +1,4 @@
-"""Running commands: in this process, or as a program that can be killed."""
+"""Running commands as a program that can be killed."""
 
 from __future__ import annotations
 
@@ -9,30 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-
-from evenkeel.cli import main
-
-Said = tuple[int, str, str]
-"""Exit code, output, errors."""
-
-
-@pytest.fixture
-def command(capsys, monkeypatch, tmp_path) -> Callable[..., Said]:
-    """Runs a command here, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
-
-    def run(*words: str | Path) -> Said:
-        monkeypatch.setattr(sys, "argv", ["evenkeel", *map(str, words)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
 
 
 @pytest.fixture
