@@ -213,7 +213,7 @@ def _run(prepared: Prepared, folder: Path, workers: int, retry_failed: bool) -> 
         except KeyboardInterrupt:
             progress.stop()
             console.print(
-                f"Stopped; {finished} finished in this session and kept. Run the same command "
+                f"Stopped; {finished} finished just now and kept. Run the same command "
                 "again to go on."
             )
             raise
