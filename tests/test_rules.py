@@ -22,6 +22,7 @@ LAYERS = (
     ("surgery",),
     ("study",),
     ("report",),
+    ("bench",),
     ("cli",),
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}

@@ -1,0 +1,146 @@
+"""What a benchmark ran on, and the allocator it ran with."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+
+__all__ = [
+    "ALLOCATORS",
+    "KEEP",
+    "allocator",
+    "environment_for",
+    "machine",
+    "run_again",
+]
+
+# glibc gives large blocks back to the system at every free, so every fresh tensor faults its pages
+# in anew: on activations that can cost more than the arithmetic. These settings make it keep them.
+KEEP = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_TOP_PAD_": str(1 << 26),
+}
+ALLOCATORS = ("keep", "default")
+_TUNES = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
+
+
+def machine() -> dict[str, Any]:
+    """The machine and the software, as plain data; nothing in it names a person or a host."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cpu": _cpu_field("model name") or platform.processor() or platform.machine(),
+        "cpu_family": _cpu_field("cpu family"),
+        "cpu_model": _cpu_field("model"),
+        "cores": os.cpu_count(),
+        "caches": caches(),
+        "vector": torch.backends.cpu.get_cpu_capability(),
+        "features": _features(),
+        "memory_gib": _memory(),
+        "load": _load(),
+        "system": f"{platform.system()} {platform.release()}",
+        "libc": " ".join(platform.libc_ver()).strip(),
+        "huge_pages": _read(Path("/sys/kernel/mm/transparent_hugepage/enabled")),
+        "allocator": allocator(),
+        "allocator_variables": _tuned(os.environ),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "evenkeel": __version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def allocator(environment: Mapping[str, str] | None = None) -> str:
+    """'keep', 'default', 'own' for settings that are neither, 'system' where it is not glibc's."""
+    if platform.libc_ver()[0] != "glibc":
+        return "system"
+    tuned = _tuned(os.environ if environment is None else environment)
+    if not tuned:
+        return "default"
+    return "keep" if tuned == KEEP else "own"
+
+
+def environment_for(wish: str) -> dict[str, str] | None:
+    """The environment that a process needs for the allocator wished for; None if this one does.
+
+    An allocator that the user set up by other means, such as LD_PRELOAD, is left as it is, and so
+    is one that is not glibc's.
+    """
+    if allocator() in (wish, "own", "system"):
+        return None
+    without = {key: value for key, value in os.environ.items() if key not in _tuned(os.environ)}
+    return without | KEEP if wish == "keep" else without
+
+
+def run_again(words: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Runs the command line in a fresh process with that environment; returns its exit code.
+
+    malloc reads its settings when a process starts, so changing them needs another process.
+    """
+    # -P: without it, Python would import from the folder at hand first.
+    program = [sys.executable, "-P", "-c", "from evenkeel.cli import main; main()", *words]
+    with subprocess.Popen(program, env=dict(environment)) as process:  # noqa: S603
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:  # the child got it too, and ends by itself
+                continue
+
+
+def caches() -> dict[str, str]:
+    """The caches of the first core, such as {'L1 data': '48K', 'L2': '1024K'}; perhaps empty."""
+    found = {}
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = (_read(folder / name) for name in ("level", "type", "size"))
+        if level and size:
+            which = "" if kind in (None, "Unified") else f" {kind.lower()}"
+            found[f"L{level}{which}"] = size
+    return found
+
+
+def _tuned(environment: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in environment.items() if key.startswith(_TUNES)}
+
+
+def _cpu_field(name: str) -> str | None:
+    for line in (_read(Path("/proc/cpuinfo")) or "").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == name:
+            return value.strip()
+    return None
+
+
+def _features() -> list[str]:
+    """Those of the CPU's instruction sets that matter here."""
+    wanted = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
+    flags = (_cpu_field("flags") or _cpu_field("Features") or "").split()
+    return [name for name in wanted if name in flags]
+
+
+def _memory() -> float | None:
+    for line in (_read(Path("/proc/meminfo")) or "").splitlines():
+        if line.startswith("MemTotal:"):
+            return round(int(line.split()[1]) / 2**20, 1)
+    return None
+
+
+def _load() -> float | None:
+    """How many processes wanted a core during the last minute; above 0 somebody else was there."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return None

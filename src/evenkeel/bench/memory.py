@@ -1,0 +1,71 @@
+"""How many bytes a training step keeps for its backward, on every side.
+
+Counted are the storages that autograd saves, each once, without those of the parameters and
+buffers, which are there anyway. That is what decides how large a batch fits; the allocator's
+padding and what kernels use in passing are not in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .results import OURS, PEERS, Row, reason_of
+from .steps import Plan, Step, sides_of
+from .timing import Measure, Ratio
+
+__all__ = ["run", "saved_bytes"]
+
+
+def saved_bytes(step: Step) -> int:
+    """The bytes that one step's forward keeps for its backward; runs both."""
+    own = {
+        t.untyped_storage().data_ptr() for t in (*step.model.parameters(), *step.model.buffers())
+    }
+    # The tensors are held until the end, else a freed storage's address could be counted again.
+    kept: list[Tensor] = []
+
+    def pack(t: Tensor) -> Tensor:
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = step.forward()
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    loss.backward()  # type: ignore[no-untyped-call]
+    return sum(size for address, size in storages.items() if address not in own)
+
+
+def run(chosen: Sequence[Plan], *, compiles: bool) -> Iterator[Row]:
+    """Counts net by net; yields one row for each layout.
+
+    Args:
+        chosen: what to run.
+        compiles: True to run torch.compile too.
+    """
+    for plan in chosen:
+        for layout in plan.layouts:
+            yield _counted(plan, layout, compiles)
+        if compiles:
+            torch._dynamo.reset()
+
+
+def _counted(plan: Plan, layout: str, compiles: bool) -> Row:
+    found: dict[str, Measure] = {}
+    absent: dict[str, str] = {}
+    for name, builder in sides_of(plan, layout, compiles).items():
+        try:
+            size = float(saved_bytes(builder()))
+        except Exception as error:  # whatever one side fails with, the others go on
+            absent[name] = reason_of(error)
+            continue
+        found[name] = Measure(size, size, size)
+    ratios = {}
+    if OURS in found:
+        for peer in PEERS:
+            if peer in found:
+                ratio = found[OURS].median / found[peer].median
+                ratios[peer] = Ratio(ratio, ratio, ratio)
+    return Row(plan.name, layout, plan.dtype, found, ratios, absent=absent)

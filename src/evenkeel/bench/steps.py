@@ -1,0 +1,208 @@
+"""Whole training steps: forward, cross entropy, backward, SGD, on every side.
+
+A side is a way to run the network in a layout: eager, through torch.compile, without its batch
+norms (`bare`, what batch norm costs at all), and accelerated by us. All layouts of a network are
+timed in the same rounds, so that the best of one side can be compared with the best of another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import nets
+from .ops import DTYPES, LAYOUTS
+from .results import OURS, PEERS, Row, reason_of, row_of, wrong
+from .timing import Samples, interleaved
+
+__all__ = ["Plan", "Step", "estimate", "plans", "run", "sides_of"]
+
+CLASSES = 10
+STEPS_COMPARED = 3
+
+# After three steps of training two correct sides differ by what rounding has grown to.
+ALLOWED = {"float32": 1e-2, "bfloat16": 1e-1}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A network, its images, and what it is run in."""
+
+    net: str
+    size: int
+    width: float
+    batch: int
+    layouts: tuple[str, ...]
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        """Such as resnet18 32px."""
+        return f"{self.net} {self.size}px"
+
+
+def plans(
+    *,
+    batch: int,
+    layouts: Sequence[str],
+    dtypes: Sequence[str],
+    network: str = "all",
+    quick: bool = False,
+) -> list[Plan]:
+    """What will be run: every net on images of 32x32 and 96x96; quick: of half the width on 32x32.
+
+    Raises:
+        ConfigError: no such network.
+    """
+    names = list(nets.NETS) if network == "all" else [network]
+    for name in names:
+        if name not in nets.NETS:
+            nets.build(name)  # which says what there is
+    return [
+        Plan(name, size, 0.5 if quick else 1.0, batch, tuple(layouts), dtype)
+        for dtype in dtypes
+        for size in ((32,) if quick else (32, 96))
+        for name in names
+    ]
+
+
+def estimate(chosen: Sequence[Plan], seconds: float, compiles: bool) -> float:
+    """About how many seconds the plans take; a guess from two cores of a server."""
+    total = 0.0
+    for plan in chosen:
+        step = 0.4 * plan.width**2 * (plan.size / 32) ** 1.2 * plan.batch / 32
+        sides = (3 + compiles) * len(plan.layouts)
+        total += max(seconds, 5 * step * sides) + 8 * step * sides
+        total += 60.0 * compiles * len(plan.layouts)
+    return total
+
+
+class Step:
+    """One network with its optimizer; a call is one training step and returns the loss."""
+
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, dtype: str) -> None:
+        self.model, self.images, self.labels = model, images, labels
+        self.autocast = DTYPES[dtype] != torch.float32
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
+
+    def forward(self) -> Tensor:
+        """The loss, with its graph."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            output = self.model(self.images)
+        return F.cross_entropy(output.float(), self.labels)
+
+    def __call__(self) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.forward()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        return loss.detach()
+
+
+def batch_of(plan: Plan, layout: str) -> tuple[Tensor, Tensor]:
+    """Random images and labels, the same ones every time."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(plan.batch, 3, plan.size, plan.size, generator=generator)
+    labels = torch.randint(0, CLASSES, (plan.batch,), generator=generator)
+    return images.contiguous(memory_format=LAYOUTS[layout]), labels
+
+
+def sides_of(plan: Plan, layout: str, compiles: bool) -> dict[str, Callable[[], Step]]:
+    """What builds each side of a plan in one layout.
+
+    All sides but `bare` start from the same weights.
+    """
+    images, labels = batch_of(plan, layout)
+
+    def model(norm: bool = True) -> nn.Module:
+        built = nets.build(plan.net, size=plan.size, width=plan.width, classes=CLASSES, norm=norm)
+        built.to(memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
+        return built
+
+    def step(network: Any) -> Step:
+        return Step(network, images, labels, plan.dtype)
+
+    sides: dict[str, Callable[[], Step]] = {
+        "bare": lambda: step(model(norm=False)),
+        "eager": lambda: step(model()),
+        OURS: lambda: step(_accelerated(model(), images)),
+    }
+    if compiles:
+        sides["compile"] = lambda: step(torch.compile(model(), dynamic=False))
+    return sides
+
+
+def run(chosen: Sequence[Plan], *, seconds: float, compiles: bool) -> Iterator[Row]:
+    """Measures net by net; yields one row for each layout.
+
+    Args:
+        chosen: what to run.
+        seconds: the budget of one net's rounds, all layouts and sides together.
+        compiles: True to run torch.compile too.
+    """
+    for plan in chosen:
+        yield from _measured(plan, seconds, compiles)
+        if compiles:
+            torch._dynamo.reset()
+
+
+def _measured(plan: Plan, seconds: float, compiles: bool) -> Iterator[Row]:
+    running: dict[tuple[str, str], Step] = {}
+    absent: dict[str, dict[str, str]] = {}
+    differences: dict[str, float | None] = {}
+    for layout in plan.layouts:
+        found, absent[layout], differences[layout] = _checked(plan, layout, compiles)
+        running |= {(layout, name): step for name, step in found.items()}
+    keys = {f"{layout} {name}": (layout, name) for layout, name in running}
+    samples = interleaved({text: running[key] for text, key in keys.items()}, seconds=seconds)
+    for layout in plan.layouts:
+        own: dict[str, Samples] = {
+            name: samples[text] for text, (where, name) in keys.items() if where == layout
+        }
+        yield row_of(
+            plan.name,
+            layout,
+            plan.dtype,
+            own,
+            absent=absent[layout],
+            difference=differences[layout],
+        )
+
+
+def _checked(
+    plan: Plan, layout: str, compiles: bool
+) -> tuple[dict[str, Step], dict[str, str], float | None]:
+    """The sides that run and learn what eager learns, why others do not, how far we are off."""
+    sides: dict[str, Step] = {}
+    absent: dict[str, str] = {}
+    difference = None
+    truth: float | None = None
+    for name, builder in sides_of(plan, layout, compiles).items():
+        try:
+            side = builder()
+            loss = [float(side()) for _ in range(STEPS_COMPARED)][-1]
+        except Exception as error:  # whatever one side fails with, the others go on
+            absent[name] = reason_of(error)
+            continue
+        off = 0.0
+        if name == OURS or name in PEERS:
+            truth = loss if truth is None else truth
+            off = abs(loss - truth) / max(abs(truth), 1e-30)
+        if name == OURS:
+            difference = off
+        if off <= ALLOWED[plan.dtype]:
+            sides[name] = side
+        else:  # a loss that is not a number ends here too
+            absent[name] = wrong(off, ALLOWED[plan.dtype])
+    return sides, absent, difference
+
+
+def _accelerated(model: nn.Module, example: Tensor) -> nn.Module:
+    from ..surgery.accelerate import accelerate
+
+    return accelerate(model, example)[0]

@@ -1,0 +1,140 @@
+"""Training steps and their memory, on networks too small to be worth timing."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from evenkeel.bench import memory, steps
+from evenkeel.bench.steps import Plan, Step, plans
+from evenkeel.errors import ConfigError
+
+BOTH = ("nchw", "channels_last")
+TINY = Plan("resnet18", 32, 0.125, 2, BOTH, "float32")
+
+
+@pytest.fixture
+def accelerated(monkeypatch):
+    """An accelerate that hands back what it gets."""
+
+    def install(function) -> None:
+        monkeypatch.setitem(
+            sys.modules, "evenkeel.surgery.accelerate", SimpleNamespace(accelerate=function)
+        )
+
+    install(lambda model, example: (model, None))
+    return install
+
+
+class TestPlans:
+    def test_all_and_quick(self):
+        every = plans(batch=32, layouts=BOTH, dtypes=["float32", "bfloat16"])
+        assert len(every) == 5 * 2 * 2
+        assert {plan.size for plan in every} == {32, 96}
+        quick = plans(batch=32, layouts=BOTH, dtypes=["float32"], quick=True)
+        assert [plan.name for plan in quick][:2] == ["vgg 32px", "resnet18 32px"]
+        assert steps.estimate(every, 1.0, True) > steps.estimate(quick, 1.0, False) > 5
+
+    def test_unknown(self):
+        with pytest.raises(ConfigError, match="unknown network 'lenet'"):
+            plans(batch=2, layouts=BOTH, dtypes=["float32"], network="lenet")
+
+
+class TestSteps:
+    def test_a_step_trains(self):
+        sides = steps.sides_of(TINY, "nchw", False)
+        step = sides["eager"]()
+        before = [p.detach().clone() for p in step.model.parameters()]
+        losses = [float(step()) for _ in range(20)]
+        assert losses[-1] < losses[0]
+        after = step.model.parameters()
+        assert all(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_rows(self, accelerated, dtype):
+        plan = Plan("vgg", 32, 0.125, 2, BOTH, dtype)
+        rows = list(steps.run([plan], seconds=0, compiles=False))
+        assert [row.group for row in rows] == [(layout, dtype) for layout in BOTH]
+        for row in rows:
+            assert set(row.sides) == {"bare", "eager", "evenkeel"}
+            assert (row.absent, row.difference) == ({}, 0)
+            assert set(row.ratios) == {"eager"}
+
+    def test_accelerate_gets_model_and_example_in_their_layout(self, accelerated):
+        seen = []
+
+        def accelerate(model, example):
+            seen.append(example)
+            assert next(model.parameters()).is_contiguous(memory_format=torch.channels_last)
+            return model, None
+
+        accelerated(accelerate)
+        sides = steps.sides_of(TINY, "channels_last", False)
+        sides["evenkeel"]()
+        assert seen[0].shape == (2, 3, 32, 32)
+        assert seen[0].is_contiguous(memory_format=torch.channels_last)
+
+    def test_without_accelerate(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "evenkeel.surgery.accelerate", None)
+        assert "compile" in steps.sides_of(TINY, "nchw", True)
+        (row,) = steps.run([replace(TINY, layouts=("nchw",))], seconds=0, compiles=False)
+        assert set(row.sides) == {"bare", "eager"}
+        assert "ImportError" in row.absent["evenkeel"] or "NotFound" in row.absent["evenkeel"]
+
+    def test_one_that_learns_something_else_is_left_out(self, accelerated):
+        accelerated(lambda model, example: (nn.Sequential(model, nn.Linear(10, 10)), None))
+        (row,) = steps.run([Plan("vgg", 32, 0.125, 2, ("nchw",), "float32")], seconds=0,
+                           compiles=False)  # fmt: skip
+        assert "evenkeel" not in row.sides
+        assert "its numbers are off by" in row.absent["evenkeel"]
+        assert row.difference > 0.01
+
+    def test_one_that_fails_is_left_out(self, accelerated):
+        def breaks(model, example):
+            raise RuntimeError("no graph")
+
+        accelerated(breaks)
+        rows = [*steps.run([TINY], seconds=0, compiles=False), *memory.run([TINY], compiles=False)]
+        assert [row.absent["evenkeel"] for row in rows] == ["RuntimeError: no graph"] * 4
+
+
+class TestMemory:
+    def step(self, model: nn.Module, *shape: int) -> Step:
+        return Step(model, torch.randn(*shape), torch.zeros(shape[0], dtype=torch.long), "float32")
+
+    def test_storages_count_once_and_parameters_never(self):
+        """ReLU keeps its output, which is the dense layer's input: one storage."""
+        model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        images, hidden = 5 * 8 * 4, 5 * 16 * 4
+        log_softmax, labels, weight_of_all = 5 * 4 * 4, 5 * 8, 4
+        found = memory.saved_bytes(self.step(model, 5, 8))
+        assert found == images + hidden + log_softmax + labels + weight_of_all
+
+    def test_a_norm_costs_a_tensor(self, accelerated):
+        (row,) = memory.run([Plan("vgg", 32, 0.125, 2, ("nchw",), "float32")], compiles=False)
+        assert row.sides["eager"].median > row.sides["bare"].median
+        assert row.ratios["eager"].median == 1
+
+    def test_what_is_freed_meanwhile_is_no_double(self):
+        class Forgetful(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                for _ in range(3):
+                    ctx.save_for_backward(torch.zeros_like(x))
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx, dy):
+                return dy
+
+        class Net(nn.Linear):
+            def forward(self, x):
+                return Forgetful.apply(super().forward(x))
+
+        plain = memory.saved_bytes(self.step(nn.Linear(8, 4), 5, 8))
+        assert memory.saved_bytes(self.step(Net(8, 4), 5, 8)) == plain + 5 * 4 * 4
