@@ -10,7 +10,9 @@ import sys
 import typer
 
 from ..errors import EvenkeelError
+from .bench import bench
 from .console import complain
+from .doctor import doctor
 from .evaluate import evaluate
 from .predict import predict
 from .report import report
@@ -33,6 +35,8 @@ app.command()(report)
 app.command()(train)
 app.command()(evaluate)
 app.command()(predict)
+app.add_typer(bench, name="bench")
+app.command()(doctor)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,0 +1,312 @@
+"""``evenkeel bench``: ops, training steps and memory against torch's."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..errors import ConfigError, meant
+from .console import console, duration, write_atomically
+
+if TYPE_CHECKING:
+    from ..bench.results import Results, Row
+
+__all__ = ["bench"]
+
+bench = typer.Typer(
+    help="Time evenkeel against torch: single ops, whole training steps, memory.",
+    no_args_is_help=True,
+)
+
+Quick = Annotated[bool, typer.Option("--quick", help="A few small cases, without torch.compile.")]
+Batch = Annotated[int, typer.Option(help="Images in a batch.", min=2)]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or both.")]
+Layout = Annotated[str, typer.Option(help="nchw, channels_last or both.")]
+Compiles = Annotated[
+    bool | None,
+    typer.Option("--compile/--no-compile", help="torch.compile too; the default unless --quick."),
+]
+Seconds = Annotated[float | None, typer.Option(help="How long to measure one case.", min=0.001)]
+Threads = Annotated[
+    int | None, typer.Option(help="Torch's threads; its own choice by default.", min=1)
+]
+Out = Annotated[Path | None, typer.Option(help="A JSON file for all numbers, kept as it goes.")]
+Allocator = Annotated[
+    str,
+    typer.Option(help="keep: glibc keeps large blocks, for every side; default: as it comes."),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show what would run and about how long, run nothing.")
+]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A benchmark that can be announced and run."""
+
+    what: str
+    unit: str
+    settings: dict[str, Any]
+    notes: list[str]
+    left_out: list[str]
+    rows: int
+    estimate: float
+    run: Callable[[], Iterable[Row]]
+
+
+@bench.command()
+def ops(
+    quick: Quick = False,
+    net: Annotated[
+        str, typer.Option(help="resnet50, vgg16, mobilenetv2, densenet121 or all.")
+    ] = "all",
+    every_tail: Annotated[
+        bool,
+        typer.Option(
+            "--every-tail",
+            help="Each shape alone, with ReLU and with add and ReLU, not only as in the nets.",
+        ),
+    ] = False,
+    batch: Batch = 32,
+    dtype: Dtype = "both",
+    layout: Layout = "both",
+    compiles: Compiles = None,
+    seconds: Seconds = None,
+    threads: Threads = None,
+    out: Out = None,
+    allocator: Allocator = "keep",
+    dry_run: DryRun = False,
+) -> None:
+    """Forward and backward of every batch norm of four networks at 224x224."""
+    settings = dict(locals())
+    _prepare(settings)
+    from ..bench.ops import DTYPES, LAYOUTS, cases, estimate, run
+
+    chosen, left_out = cases(
+        batch=batch,
+        layouts=_names("layout", layout, LAYOUTS),
+        dtypes=_names("dtype", dtype, DTYPES),
+        network=net,
+        quick=quick,
+        every_tail=every_tail,
+    )
+    budget, with_compile = _budget(settings, 1.0, 0.8)
+    job = _Job(
+        f"{_count(len(chosen), 'case')} of batch norm, forward and backward, batch {batch}",
+        "s",
+        settings,
+        _about_compile(with_compile),
+        left_out,
+        len(chosen),
+        estimate(chosen, budget, with_compile),
+        lambda: run(chosen, seconds=budget, compiles=with_compile),
+    )
+    _carry_out("ops", job, out, dry_run)
+
+
+@bench.command()
+def steps(
+    quick: Quick = False,
+    net: Annotated[
+        str, typer.Option(help="vgg, resnet18, mobilenetv2, densenet, efficientnet or all.")
+    ] = "all",
+    batch: Batch = 32,
+    dtype: Dtype = "float32",
+    layout: Layout = "both",
+    compiles: Compiles = None,
+    seconds: Seconds = None,
+    threads: Threads = None,
+    out: Out = None,
+    allocator: Allocator = "keep",
+    dry_run: DryRun = False,
+) -> None:
+    """Whole training steps of five networks: forward, loss, backward, SGD."""
+    _nets("steps", dict(locals()))
+
+
+@bench.command()
+def memory(
+    quick: Quick = False,
+    net: Annotated[
+        str, typer.Option(help="vgg, resnet18, mobilenetv2, densenet, efficientnet or all.")
+    ] = "all",
+    batch: Batch = 32,
+    dtype: Dtype = "float32",
+    layout: Layout = "both",
+    compiles: Compiles = None,
+    threads: Threads = None,
+    out: Out = None,
+    allocator: Allocator = "keep",
+    dry_run: DryRun = False,
+) -> None:
+    """The bytes that a training step keeps for its backward."""
+    _nets("memory", dict(locals()))
+
+
+def _nets(kind: str, settings: dict[str, Any]) -> None:
+    """Steps and memory: the same networks, timed or counted."""
+    _prepare(settings)
+    from ..bench import memory as counting
+    from ..bench import steps as timing
+    from ..bench.ops import DTYPES, LAYOUTS
+
+    chosen = timing.plans(
+        batch=settings["batch"],
+        layouts=_names("layout", settings["layout"], LAYOUTS),
+        dtypes=_names("dtype", settings["dtype"], DTYPES),
+        network=settings["net"],
+        quick=settings["quick"],
+    )
+    is_timed = kind == "steps"
+    budget, with_compile = _budget(settings, 20.0, 4.0) if is_timed else _budget(settings, 0, 0)
+
+    def run() -> Iterable[Row]:
+        if is_timed:
+            return timing.run(chosen, seconds=budget, compiles=with_compile)
+        return counting.run(chosen, compiles=with_compile)
+
+    what = "training steps" if is_timed else "memory kept for backward"
+    what += f" of {_count(len(chosen), 'network')}"
+    job = _Job(
+        f"{what}, batch {settings['batch']}",
+        "s" if is_timed else "bytes",
+        settings,
+        _about_compile(with_compile),
+        [],
+        sum(len(plan.layouts) for plan in chosen),
+        timing.estimate(chosen, budget, with_compile),
+        run,
+    )
+    _carry_out(kind, job, settings["out"], settings["dry_run"])
+
+
+def _prepare(settings: dict[str, Any]) -> None:
+    """Sees to the allocator, in another process if it must, and to the threads.
+
+    Raises:
+        ConfigError: an option does not fit.
+    """
+    from ..bench.machine import ALLOCATORS, environment_for, run_again
+
+    wish, out = settings["allocator"], settings["out"]
+    if wish not in ALLOCATORS:
+        raise ConfigError(
+            f"unknown allocator '{wish}'{meant(wish, ALLOCATORS)}; choose {' or '.join(ALLOCATORS)}"
+        )
+    if out is not None and not out.resolve().parent.is_dir():
+        raise ConfigError(f"--out {out}: there is no folder {out.parent}; make it first")
+    environment = environment_for(wish)
+    if environment is not None and not settings["dry_run"]:
+        raise typer.Exit(run_again(sys.argv[1:], environment))
+    import torch
+
+    if settings["threads"] is not None:
+        torch.set_num_threads(settings["threads"])
+
+
+def _names(option: str, wish: str, known: Iterable[str]) -> list[str]:
+    """'both', or the one that was named.
+
+    Raises:
+        ConfigError: no such name.
+    """
+    names = list(known)
+    if wish == "both":
+        return names
+    if wish not in names:
+        raise ConfigError(
+            f"unknown {option} '{wish}'{meant(wish, names)}; choose {', '.join(names)} or both"
+        )
+    return [wish]
+
+
+def _budget(settings: dict[str, Any], usual: float, quick: float) -> tuple[float, bool]:
+    """The seconds of one case, and whether torch.compile runs; notes both in the settings."""
+    if settings.get("seconds") is None:
+        settings["seconds"] = quick if settings["quick"] else usual
+    if settings["compiles"] is None:
+        settings["compiles"] = not settings["quick"]
+    return settings["seconds"], settings["compiles"]
+
+
+def _about_compile(runs: bool) -> list[str]:
+    return [] if runs else ["torch.compile is left out; --compile brings it in"]
+
+
+def _carry_out(kind: str, job: _Job, out: Path | None, dry_run: bool) -> None:
+    """Says what will be done, does it, shows what was found; Ctrl-C shows what there is."""
+    from ..bench.machine import environment_for, machine
+    from ..bench.results import Results
+
+    results = Results(kind, job.unit, _plain(job.settings), machine(), left_out=job.left_out)
+    ran_on = results.machine
+    will_change = dry_run and environment_for(job.settings["allocator"]) is not None
+    allocator = job.settings["allocator"] if will_change else ran_on["allocator"]
+    console.print(f"[bold]{escape(job.what)}[/], about {duration(job.estimate)}")
+    console.print(
+        escape(
+            f"{ran_on['cpu']}, {_count(ran_on['cores'], 'core')}, "
+            f"{_count(ran_on['threads'], 'thread')}; "
+            f"torch {ran_on['torch']}; allocator {allocator}"
+        )
+    )
+    for note in job.notes:
+        console.print(f"[dim]{escape(note)}[/]")
+    if dry_run:
+        for what in job.left_out:
+            console.print(f"left out: {escape(what)}")
+        return
+    try:
+        _measure(job, results, out)
+        results.finished = True
+    except KeyboardInterrupt:
+        console.print(f"Stopped; {len(results.rows)} of {job.rows} are measured.")
+        raise
+    finally:
+        _show(results)
+        _keep(results, out)
+    if out is not None:
+        console.print(f"\nNumbers: [bold]{escape(str(out))}[/]", soft_wrap=True)
+
+
+def _measure(job: _Job, results: Results, out: Path | None) -> None:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(compact=True))
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("starting", total=job.rows)
+        for row in job.run():
+            results.rows.append(row)
+            done = f"{len(results.rows)} of {job.rows}"
+            progress.update(bar, advance=1, description=f"{done}: {row.name}")
+            _keep(results, out)
+
+
+def _show(results: Results) -> None:
+    from ..bench.tables import sentences, tables
+
+    for table in tables(results):
+        console.print()
+        console.print(table)
+    console.print()
+    for sentence in sentences(results):
+        console.print(escape(sentence))
+
+
+def _keep(results: Results, out: Path | None) -> None:
+    if out is not None:
+        write_atomically(out, results.to_json())
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """The options that decide the numbers; where the file lies does not."""
+    return {key: value for key, value in settings.items() if key not in ("out", "dry_run")}

@@ -1,0 +1,170 @@
+"""``evenkeel bench``: tiny runs end to end, what it says before, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+from evenkeel.bench import machine, ops, shapes, steps
+from evenkeel.bench.results import Results
+from evenkeel.bench.shapes import Place
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+@pytest.fixture(autouse=True)
+def _same_process(monkeypatch):
+    """The allocator is what the options ask for, so that no second process is started."""
+    for key in machine._tuned(os.environ):
+        monkeypatch.delenv(key)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """One small shape in place of the dozen."""
+    place = Place(4, 5, 6, "bn+add+relu")
+    monkeypatch.setattr(shapes, "NETWORKS", {"resnet50": lambda: iter([place] * 3)})
+    monkeypatch.setattr(shapes, "QUICK", (place,))
+
+
+HERE = ("--allocator", "default", "--seconds", "0.01", "--threads", "1")
+
+
+class TestOps:
+    def test_end_to_end(self, command, tiny, tmp_path):
+        words = ("bench", "ops", "--quick", "--batch", "2", *HERE, "--out", "found.json")
+        code, out, err = command(*words)
+        assert (code, err) == (0, "")
+        said = flat(out)
+        assert "4 cases of batch norm, forward and backward, batch 2, about 1 s" in said
+        assert "1 thread;" in said
+        assert "torch.compile is left out; --compile brings it in" in said
+        assert "4x5x6 bn+add+relu" in said
+        assert "channels_last bfloat16: ours / eager is" in said
+        assert "nchw float32: all norms of resnet50, ms: floor" in said
+        assert said.endswith("Numbers: found.json")
+
+        found = Results.from_json((tmp_path / "found.json").read_text())
+        assert (found.kind, found.unit, found.finished) == ("ops", "s", True)
+        assert [row.group for row in found.rows] == [
+            ("nchw", "float32"),
+            ("nchw", "bfloat16"),
+            ("channels_last", "float32"),
+            ("channels_last", "bfloat16"),
+        ]
+        assert all(row.counts == {"resnet50": 3} for row in found.rows)
+        assert found.machine["allocator"] in ("default", "system")
+        assert found.settings["batch"] == 2
+        assert "out" not in found.settings
+
+    def test_one_layout_and_dtype(self, command, tiny):
+        code, out, _ = command(
+            "bench", "ops", "--quick", *HERE, "--layout", "channels_last", "--dtype", "float32"
+        )
+        assert code == 0
+        assert "channels_last float32, ms" in out
+        assert "nchw" not in out
+        assert "bfloat16" not in out
+
+    def test_announced_without_running(self, command, tiny, monkeypatch):
+        monkeypatch.setattr(ops, "run", None)
+        code, out, _ = command("bench", "ops", "--quick", "--dry-run")
+        assert code == 0
+        assert "allocator keep" in flat(out) or machine.allocator() == "system"
+
+    def test_too_large_is_told(self, command):
+        words = ("bench", "ops", "--net", "vgg16", "--batch", "128", "--dry-run")
+        code, out, _ = command(*words)
+        assert code == 0
+        assert "left out: 64x224x224 bn+relu in float32: its tensor has 1.5 GiB" in flat(out)
+
+    def test_stopping_keeps_what_there_is(self, command, tiny, tmp_path, monkeypatch):
+        right = ops.run
+
+        def stopped(chosen, **options):
+            yield from right(chosen[:1], **options)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(ops, "run", stopped)
+        code, out, _ = command("bench", "ops", "--quick", *HERE, "--out", "found.json")
+        assert code == 130
+        assert "Stopped; 1 of 4 are measured." in out
+        assert "ours / eager is" in out
+        assert "stopped before the end" in out
+        found = Results.from_json((tmp_path / "found.json").read_text())
+        assert (len(found.rows), found.finished) == (1, False)
+
+
+class TestNets:
+    @pytest.fixture(autouse=True)
+    def _tiny(self, monkeypatch):
+        monkeypatch.setattr(
+            steps,
+            "plans",
+            lambda **given: [steps.Plan("vgg", 32, 0.125, 2, tuple(given["layouts"]), "float32")],
+        )
+
+    def test_steps(self, command, tmp_path):
+        code, out, _ = command("bench", "steps", "--quick", *HERE, "--out", "found.json")
+        assert code == 0
+        assert "training steps of 1 network, batch 32" in flat(out)
+        assert "channels_last float32, ms" in out
+        found = json.loads((tmp_path / "found.json").read_text())
+        assert {"bare", "eager"} <= set(found["rows"][0]["sides"])
+        assert found["unit"] == "s"
+
+    def test_memory(self, command, tmp_path):
+        words = ("bench", "memory", "--quick", "--allocator", "default", "--layout", "nchw")
+        code, out, _ = command(*words, "--out", "found.json")
+        assert code == 0
+        assert "memory kept for backward of 1 network" in flat(out)
+        assert "nchw float32, MB" in out
+        assert json.loads((tmp_path / "found.json").read_text())["unit"] == "bytes"
+
+
+class TestAnotherProcess:
+    @pytest.mark.skipif(machine.allocator({}) == "system", reason="there is no glibc here")
+    def test_it_is_started_for_another_allocator(self, command, monkeypatch):
+        seen = []
+
+        def again(words, environment):
+            seen.append((words, environment))
+            return 130
+
+        monkeypatch.setattr(machine, "run_again", again)
+        assert command("bench", "ops", "--quick")[0] == 130
+        ((words, environment),) = seen
+        assert words == ["bench", "ops", "--quick"]
+        assert machine.allocator(environment) == "keep"
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("ops", "--dtype", "float16"), "unknown dtype 'float16'"),
+        (("ops", "--layout", "nhwc"), "unknown layout 'nhwc'"),
+        (("ops", "--net", "resnet5"), "did you mean 'resnet50'?"),
+        (("steps", "--net", "lenet"), "unknown network 'lenet'"),
+        (("memory", "--allocator", "jemalloc"), "unknown allocator 'jemalloc'; choose keep or"),
+        (("ops", "--out", "nowhere/f.json"), "there is no folder nowhere; make it first"),
+    ],
+)
+def test_mistakes(command, words, text):
+    code, _, err = command("bench", *words, "--dry-run")
+    assert code == 2
+    assert text in flat(err)
+
+
+@pytest.mark.parametrize("which", [(), ("ops",), ("steps",), ("memory",)])
+def test_help(command, which):
+    code, out, _ = command("bench", *which, "--help")
+    assert code == 0
+    assert ("--dry-run" if which else "ops") in out
