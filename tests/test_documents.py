@@ -86,7 +86,7 @@ def test_files_in_toml_are_plans(document, tmp_path):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_commands_can_be_typed(document, command, prepared):
-    """Studies are shown, not run; everything else runs."""
+    """Studies and benchmarks are shown, not run; everything else runs."""
     small = ("study", "--seeds", "2", "--steps", "10", "--out", "runs/quick-digits")
     assert command(*small)[0] == 0
     for tool, *words in lines(document.read_text()):
@@ -98,7 +98,8 @@ def test_commands_can_be_typed(document, command, prepared):
             assert done.returncode == 0, done.stderr
             continue
         assert tool == "evenkeel", f"'{tool}' is no command that this test knows"
-        asked = [*words, "--dry-run"] if words[0] == "study" and "--dry-run" not in words else words
+        is_long = words[0] in ("study", "bench") and "--dry-run" not in words
+        asked = [*words, "--dry-run"] if is_long else words
         code, _, errors = command(*asked)
         assert code == 0, f"evenkeel {shlex.join(asked)}: {errors}"
 
