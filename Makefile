@@ -33,12 +33,14 @@ types: .venv/installed-for-tests
 	  { echo "evenkeel needs Python 3.11 or newer; say make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
 
-.venv/installed: pyproject.toml constraints.txt | .venv/bin/python
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
+
+.venv/installed: $(SOURCES) | .venv/bin/python
 	@echo "Installing evenkeel into .venv (the first time takes a few minutes)"
 	@$(PIP) --editable .
 	@touch $@
 
-.venv/installed-for-tests: pyproject.toml constraints.txt | .venv/bin/python
+.venv/installed-for-tests: $(SOURCES) | .venv/bin/python
 	@echo "Installing evenkeel and its tests' needs into .venv (the first time takes a few minutes)"
 	@$(PIP) --editable ".[test]"
 	@touch $@ .venv/installed

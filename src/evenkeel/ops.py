@@ -43,15 +43,17 @@ def norm(
     """
     x, view = _dense(x, kept)
     verbs = _verbs(backend, view, x)
-    affine, own_var = _affine(verbs, view, x, weight, bias, mean, var, eps)
+    act = Activation(activation, slope)
     added = None if residual is None else _aligned(residual, x, view)
-    y = verbs.apply(x, view, affine, Activation(activation, slope), added)
-    if mean is not None:
-        return _like(y, x), affine.mean.new_empty(0), affine.mean.new_empty(0)
+    if mean is not None and var is not None:
+        y = verbs.apply(x, view, _affine(view, x, weight, bias, mean, var, eps), act, added)
+        return _like(y, x), y.new_empty(0, dtype=mean.dtype), y.new_empty(0, dtype=mean.dtype)
+    parameters = (_folded(weight, view, x), _folded(bias, view, x))
+    y, mean, var = verbs.forward_training(x, view, *parameters, eps, act, added)
     return (
         _like(y, x),
-        view.unfold_vector(affine.mean, x.shape).contiguous(),
-        view.unfold_vector(own_var, x.shape).contiguous(),
+        view.unfold_vector(mean, x.shape).contiguous(),
+        view.unfold_vector(var, x.shape).contiguous(),
     )
 
 
@@ -97,11 +99,10 @@ def norm_backward(
     x, view = _dense(x, kept)
     verbs = _verbs(backend, view, x)
     act = Activation(activation, slope)
-    affine, _ = _affine(verbs, view, x, weight, bias, mean, var, eps)
+    affine = _affine(view, x, weight, bias, mean, var, eps)
     dy = _aligned(dy, x, view)
     added = None if residual is None else _aligned(residual, x, view)
-    sums = verbs.backward_reduce(dy, x, view, affine, act, added)
-    dx, dresidual = verbs.backward_dx(dy, x, view, affine, act, added, sums if from_batch else None)
+    dx, dresidual, sums = verbs.backward(dy, x, view, affine, act, added, from_batch)
     if dresidual is not None and activation == "none":
         dresidual = dresidual.clone()  # it may be dy itself, and an op must not return its input
     return (
@@ -186,9 +187,11 @@ def _second_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None
         dy, x, weight, bias, residual = given
         verbs, view = load("reference"), logical_view(x.shape, ctx.kept)
         if ctx.from_batch:
-            mean = var = None
-        affine, _ = _affine(verbs, view, x, weight, bias, mean, var, ctx.eps)
-        y = verbs.apply(x, view, affine, ctx.act, residual)
+            n, mean, m2 = verbs.stats(x, view)
+            var = m2 / max(n, 1)
+        y = verbs.apply(
+            x, view, _affine(view, x, weight, bias, mean, var, ctx.eps), ctx.act, residual
+        )
         sources = [t for t in given if t is not None]
         first = iter(torch.autograd.grad(y, sources[1:], dy, create_graph=True))
         outputs = [None if t is None else next(first) for t in given[1:]]
@@ -219,27 +222,29 @@ torch.library.register_autograd(
 )
 
 
+def _folded(vector: Tensor | None, view: View, x: Tensor) -> Tensor | None:
+    """A per-owner vector in memory order and in the accumulation dtype."""
+    if vector is None:
+        return None
+    return view.fold_vector(vector.to(accumulation_dtype(x.dtype, x.device)), x.shape)
+
+
 def _affine(
-    verbs: Backend,
     view: View,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
     eps: float,
-) -> tuple[Affine, Tensor]:
-    """The map that a norm applies, in memory order, and the biased variance it came from."""
-    dtype = accumulation_dtype(x.dtype, x.device)
-
-    def fold(vector: Tensor | None) -> Tensor | None:
-        return None if vector is None else view.fold_vector(vector.to(dtype), x.shape)
-
-    own_mean, own_var = fold(mean), fold(var)
-    if own_mean is None or own_var is None:
-        n, own_mean, m2 = verbs.stats(x, view)
-        own_var = m2 / max(n, 1)
-    return Affine(own_mean, (own_var + eps).rsqrt(), fold(weight), fold(bias)), own_var
+) -> Affine:
+    """The map that a norm applies, in memory order."""
+    own_mean, own_var = _folded(mean, view, x), _folded(var, view, x)
+    assert own_mean is not None  # noqa: S101 - given, so folded
+    assert own_var is not None  # noqa: S101
+    return Affine(
+        own_mean, (own_var + eps).rsqrt(), _folded(weight, view, x), _folded(bias, view, x)
+    )
 
 
 def _owned(vector: Tensor, view: View, x: Tensor, parameter: Tensor | None) -> Tensor:

@@ -20,7 +20,7 @@ from evenkeel.kernels.contract import Activation, Affine, Backend, Moments, Sums
 from evenkeel.kernels.select import load
 from evenkeel.view import view_of
 
-from .truth import ROWS, TOLERANCES, VARIANCE, VARIANTS, Array, Row, Subject, subject, truth
+from .truth import EPS, ROWS, TOLERANCES, VARIANCE, VARIANTS, Array, Row, Subject, subject, truth
 
 
 def numbers(t: Tensor) -> Array:
@@ -155,6 +155,36 @@ def check_backward_dx(backend: Backend, s: Subject) -> None:
                 assert_tensor(f"d_residual of {variant}", s, dresidual, want.dz, np.abs(s.dy))
 
 
+def check_forward_training(backend: Backend, s: Subject) -> None:
+    """The fused call is as good as the verbs; y may be off by what the mean may be off."""
+    for variant in VARIANTS:
+        want, affine = truth(s, variant), s.affine(variant)
+        weight = np.abs(s.weight) if variant.has_weight else np.ones_like(s.weight)
+        scale = want.y_scale + weight * (VARIANCE[s.dtype] / s.tolerance.inner)
+        y, mean, var = backend.forward_training(
+            *(s.tensor(s.x), s.view, affine.weight, affine.bias, EPS),
+            *(variant.act, s.added(variant)),
+        )
+        assert_tensor(f"y of {variant}", s, y, want.y, scale)
+        assert_moments(s, Moments(s.count, mean, var * s.count))
+
+
+def check_backward(backend: Backend, s: Subject) -> None:
+    """So is this one."""
+    for variant in VARIANTS:
+        want, inner = truth(s, variant), s.tolerance.inner
+        for from_batch, wanted in ((True, want.dx_training), (False, want.dx_inference)):
+            x, dy, residual = s.tensor(s.x), s.tensor(s.dy), s.added(variant)
+            dx, dresidual, sums = backend.backward(
+                dy, x, s.view, s.affine(variant), variant.act, residual, from_batch
+            )
+            assert_tensor(f"dx of {variant}", s, dx, wanted, want.dx_scale)
+            assert_vector("dz", s, sums.dz, want.sum_dz, inner * want.sum_dz_scale)
+            if residual is not None:
+                assert dresidual is not None
+                assert_tensor(f"d_residual of {variant}", s, dresidual, want.dz, np.abs(s.dy))
+
+
 def check_side_effects(backend: Backend, s: Subject) -> None:
     """Nothing that was handed in is written to, and the same call gives the same bits."""
     variant = VARIANTS[2]
@@ -207,7 +237,7 @@ def check_empty(backend: Backend, dtype: torch.dtype, device: torch.device) -> N
 
 CHECKS: tuple[Callable[[Backend, Subject], None], ...] = (
     *(check_stats, check_merge, check_apply, check_backward_reduce, check_backward_dx),
-    check_side_effects,
+    *(check_forward_training, check_backward, check_side_effects),
 )
 
 

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from ..view import View
 
-__all__ = ["Activation", "Affine", "Backend", "Moments", "Sums", "accumulation_dtype"]
+__all__ = [
+    "Activation",
+    "Affine",
+    "Backend",
+    "Composite",
+    "Moments",
+    "Sums",
+    "accumulation_dtype",
+]
 
 
 class Moments(NamedTuple):
@@ -56,7 +64,7 @@ class Sums(NamedTuple):
 
 
 class Backend(Protocol):
-    """The five verbs."""
+    """The five verbs, and the two calls that are made of them (see `Composite`)."""
 
     name: str
 
@@ -107,6 +115,68 @@ class Backend(Protocol):
         were constants, as in inference, and ``dx = weight * invstd * dz``.
         """
         ...
+
+    def forward_training(
+        self,
+        x: Tensor,
+        view: View,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        act: Activation,
+        residual: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """y, and the mean and biased variance that it was normalized with."""
+        ...
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        view: View,
+        affine: Affine,
+        act: Activation,
+        residual: Tensor | None,
+        from_batch: bool,
+    ) -> tuple[Tensor, Tensor | None, Sums]:
+        """dx, d_residual and the two sums; ``from_batch`` says that the statistics depend on x."""
+        ...
+
+
+class Composite:
+    """The two calls that a norm makes, out of the five verbs; a backend may fuse them.
+
+    Fused, what the first verb has read can stay in cache for the second.
+    """
+
+    def forward_training(
+        self: Backend,
+        x: Tensor,
+        view: View,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        act: Activation,
+        residual: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        n, mean, m2 = self.stats(x, view)
+        var = m2 / max(n, 1)
+        affine = Affine(mean, (var + eps).rsqrt(), weight, bias)
+        return self.apply(x, view, affine, act, residual), mean, var
+
+    def backward(
+        self: Backend,
+        dy: Tensor,
+        x: Tensor,
+        view: View,
+        affine: Affine,
+        act: Activation,
+        residual: Tensor | None,
+        from_batch: bool,
+    ) -> tuple[Tensor, Tensor | None, Sums]:
+        sums = self.backward_reduce(dy, x, view, affine, act, residual)
+        given = sums if from_batch else None
+        return *self.backward_dx(dy, x, view, affine, act, residual, given), sums
 
 
 def accumulation_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

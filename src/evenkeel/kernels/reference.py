@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ..view import View
-from .contract import Activation, Affine, Moments, Sums, accumulation_dtype
+from .contract import Activation, Affine, Composite, Moments, Sums, accumulation_dtype
 
 __all__ = ["Reference", "activate", "activation_gradient"]
 
 
-class Reference:
+class Reference(Composite):
     """The oracle that every backend is compared with."""
 
     name = "reference"

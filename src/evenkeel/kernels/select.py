@@ -14,7 +14,10 @@ from .contract import Backend
 
 __all__ = ["Choice", "backends", "choose", "load"]
 
-_PLACES = {"reference": "evenkeel.kernels.reference:Reference"}
+_PLACES = {
+    "native": "evenkeel.kernels.native:Native",
+    "reference": "evenkeel.kernels.reference:Reference",
+}
 """Every backend, best first, as module:class. A module is imported when it is first chosen."""
 
 
@@ -35,7 +38,7 @@ def load(name: str) -> Backend:
     """The backend of that name.
 
     Raises:
-        BackendError: there is none.
+        BackendError: there is none, or it is not installed.
     """
     if name not in _PLACES:
         raise BackendError(
@@ -43,6 +46,16 @@ def load(name: str) -> Backend:
         )
     module, _, attribute = _PLACES[name].partition(":")
     return cast(Backend, getattr(import_module(module), attribute)())
+
+
+@cache
+def _missing(name: str) -> str | None:
+    """Why a backend is not installed, or None if it is."""
+    try:
+        load(name)
+    except BackendError as error:
+        return str(error)
+    return None
 
 
 def choose(wish: str, view: View, dtype: torch.dtype, device: torch.device) -> Choice:
@@ -63,7 +76,8 @@ def choose(wish: str, view: View, dtype: torch.dtype, device: torch.device) -> C
         return Choice(wish, "asked for by name")
     passed: list[str] = []
     for name in _PLACES:
-        reason = load(name).refuses(view, dtype, device)
+        missing = _missing(name)
+        reason = missing or load(name).refuses(view, dtype, device)
         if reason is None:
             return Choice(name, "; ".join(passed) or "the first that runs here")
         passed.append(f"{name}: {reason}")

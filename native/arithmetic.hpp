@@ -1,0 +1,133 @@
+// The arithmetic of one value: activations and their derivatives, moments, and the constants of an
+// owner in the precision of the loops.
+#pragma once
+#include <algorithm>
+
+#include "vector.hpp"
+
+namespace evenkeel {
+namespace EVENKEEL_ISA {
+
+inline VF exponential(VF x) {
+  // x = n ln 2 + r, |r| <= ln 2 / 2; exp(r) by its series; ln 2 in two parts for an exact r.
+  typedef Vec<float>::mask VI;
+  VF n = x * 1.44269504088896341f;
+  n = (n + 12582912.0f) - 12582912.0f;  // rounds to an integer
+  VF r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  VF p = r * (1.0f / 5040) + (1.0f / 720);
+  p = p * r + (1.0f / 120);
+  p = p * r + (1.0f / 24);
+  p = p * r + (1.0f / 6);
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  VI is_small = x < -87.0f, is_large = x > 88.0f;
+  VI bits = __builtin_convertvector(is_small | is_large ? VF{} : n, VI);
+  VI scaled = (bits + 127) << 23;
+  VF y = p * reinterpret_cast<VF>(scaled);
+  const VF infinite = spread<VF>(std::numeric_limits<float>::infinity());
+  y = is_small ? VF{} : (is_large ? infinite : y);
+  return x == x ? y : x;
+}
+
+inline Vec<double>::type exponential(Vec<double>::type x) {
+  for (unsigned i = 0; i < sizeof(x) / 8; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+// What is kept NaN and what becomes zero is torch's choice, at the kinks too.
+template <Act A, class V, class C>
+inline V activate(V z, C slope) {
+  const V zero{};
+  if constexpr (A == Act::relu) return z <= zero ? zero : z;
+  if constexpr (A == Act::leaky) return z > zero ? z : z * slope;
+  if constexpr (A == Act::relu6) {
+    const V six = zero + C(6);
+    return z <= zero ? zero : (z >= six ? six : z);
+  }
+  if constexpr (A == Act::silu) return z / (C(1) + exponential(-z));
+  return z;
+}
+
+template <Act A, class V, class C>
+inline V before_activation(V dy, V z, C slope) {
+  const V zero{};
+  if constexpr (A == Act::relu) return z <= zero ? zero : dy;
+  if constexpr (A == Act::leaky) return z > zero ? dy : dy * slope;
+  if constexpr (A == Act::relu6) return (z <= zero) | (z >= zero + C(6)) ? zero : dy;
+  if constexpr (A == Act::silu) {
+    const V s = C(1) / (C(1) + exponential(-z));
+    return dy * s * (C(1) + z * (C(1) - s));
+  }
+  return dy;
+}
+
+// How many values, their mean and their sum of squared deviations.
+struct Moments {
+  double n = 0, mean = 0, m2 = 0;
+
+  // Chan, Golub and LeVeque 1979.
+  void add(const Moments& other) {
+    if (other.n == 0) return;
+    if (n == 0) {
+      *this = other;
+      return;
+    }
+    const double all = n + other.n, delta = other.mean - mean;
+    if (std::isfinite(delta)) {
+      mean += delta * (other.n / all);
+    } else {
+      mean = (n * mean + other.n * other.mean) / all;  // infinities of one sign stay one
+    }
+    m2 += other.m2 + delta * delta * (n * other.n / all);
+    n = all;
+  }
+};
+
+// What the loops need of an owner. The mean is in two parts, so that x - mean loses nothing where
+// the mean is far from zero: z = (x - high) * scale + shift, with the low part in the shift.
+template <class C>
+struct Constants {
+  C high, scale, shift;
+  C a, b, c;  // dx = a * dz + (b * (x - high) + c)
+
+  static double low(const Problem& p, Index owner) {
+    const double rest = p.mean[owner] - static_cast<double>(static_cast<C>(p.mean[owner]));
+    return std::isfinite(rest) ? rest : 0;
+  }
+
+  static Constants of(const Problem& p, Index owner, bool with_gradient) {
+    Constants k{};
+    const double scale = p.invstd[owner] * (p.weight ? p.weight[owner] : 1.0);
+    const double rest = low(p, owner);
+    k.high = static_cast<C>(p.mean[owner]);
+    k.scale = static_cast<C>(scale);
+    k.shift = static_cast<C>((p.bias ? p.bias[owner] : 0.0) - (rest == 0 ? 0.0 : rest * scale));
+    if (!with_gradient) return k;
+    k.a = static_cast<C>(scale);
+    if (p.from_batch) {
+      const double m = static_cast<double>(p.count());
+      const double slope = -scale * p.invstd[owner] * (p.sum_dz_xhat[owner] / m);
+      k.b = static_cast<C>(slope);
+      k.c = static_cast<C>(-scale * (p.sum_dz[owner] / m) - (rest == 0 ? 0.0 : rest * slope));
+    }
+    return k;
+  }
+};
+
+inline void set_moments(const Problem& p, Index owner, const Moments& m) {
+  p.mean[owner] = m.mean;
+  p.m2[owner] = m.m2;
+  p.invstd[owner] = 1.0 / std::sqrt(m.m2 / m.n + p.eps);
+}
+
+// The sums arrive over x - high; xhat is (x - high - low) * invstd.
+template <class C>
+inline void set_sums(const Problem& p, Index owner, double dz, double dz_x) {
+  const double rest = Constants<C>::low(p, owner);
+  p.sum_dz[owner] = dz;
+  p.sum_dz_xhat[owner] = (dz_x - (rest == 0 ? 0.0 : rest * dz)) * p.invstd[owner];
+}
+
+}  // namespace EVENKEEL_ISA
+}  // namespace evenkeel
