@@ -160,7 +160,7 @@ class TestShown:
             "a float32, best layouts: eager channels_last 1000 ms, ours channels_last 500 ms, "
             "ratio 0.50",
             "ours is slower than the best peer in 1 of 2 cases:",
-            "  a, nchw float32: 2.00 x eager",
+            "  a, nchw float32: 2.000 x eager",
             "compile is missing on a channels_last float32 and 1 more: no g++",
             "left out: c: too large",
             "stopped before the end",

@@ -39,6 +39,7 @@ class TestPlans:
         quick = plans(batch=32, layouts=BOTH, dtypes=["float32"], quick=True)
         assert [plan.name for plan in quick][:2] == ["vgg 32px", "resnet18 32px"]
         assert steps.estimate(every, 1.0, True) > steps.estimate(quick, 1.0, False) > 5
+        assert memory.estimate(every, True) > memory.estimate(quick, False) > 0
 
     def test_unknown(self):
         with pytest.raises(ConfigError, match="unknown network 'lenet'"):

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from .results import OURS, PEERS, Row, reason_of
-from .steps import Plan, Step, sides_of
+from .steps import COMPILING, Plan, Step, sides_of
 from .timing import Measure, Ratio
 
-__all__ = ["run", "saved_bytes"]
+__all__ = ["estimate", "run", "saved_bytes"]
 
 
 def saved_bytes(step: Step) -> int:
@@ -36,6 +36,11 @@ def saved_bytes(step: Step) -> int:
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
     loss.backward()  # type: ignore[no-untyped-call]
     return sum(size for address, size in storages.items() if address not in own)
+
+
+def estimate(chosen: Sequence[Plan], compiles: bool) -> float:
+    """About how many seconds the plans take."""
+    return sum((10 * plan.guess + COMPILING * compiles) * len(plan.layouts) for plan in chosen)
 
 
 def run(chosen: Sequence[Plan], *, compiles: bool) -> Iterator[Row]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -156,7 +157,7 @@ def row_of(
 def reason_of(error: Exception) -> str:
     """Why a side did not run, in one line."""
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
+    return f"{type(error).__name__}: {textwrap.shorten(lines[0], 300, placeholder=' ...')}"
 
 
 def wrong(off: float, allowed: float) -> str:

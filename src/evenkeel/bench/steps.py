@@ -20,10 +20,12 @@ from .ops import DTYPES, LAYOUTS
 from .results import OURS, PEERS, Row, reason_of, row_of, wrong
 from .timing import Samples, interleaved
 
-__all__ = ["Plan", "Step", "estimate", "plans", "run", "sides_of"]
+__all__ = ["COMPILING", "Plan", "Step", "estimate", "plans", "run", "sides_of"]
 
 CLASSES = 10
 STEPS_COMPARED = 3
+COMPILING = 60.0
+"""About how many seconds torch.compile takes for one net."""
 
 # After three steps of training two correct sides differ by what rounding has grown to.
 ALLOWED = {"float32": 1e-2, "bfloat16": 1e-1}
@@ -44,6 +46,11 @@ class Plan:
     def name(self) -> str:
         """Such as resnet18 32px."""
         return f"{self.net} {self.size}px"
+
+    @property
+    def guess(self) -> float:
+        """About how many seconds one step takes on two cores of a server."""
+        return 0.4 * self.width**2 * float((self.size / 32) ** 1.2) * self.batch / 32
 
 
 def plans(
@@ -75,10 +82,9 @@ def estimate(chosen: Sequence[Plan], seconds: float, compiles: bool) -> float:
     """About how many seconds the plans take; a guess from two cores of a server."""
     total = 0.0
     for plan in chosen:
-        step = 0.4 * plan.width**2 * (plan.size / 32) ** 1.2 * plan.batch / 32
         sides = (3 + compiles) * len(plan.layouts)
-        total += max(seconds, 5 * step * sides) + 8 * step * sides
-        total += 60.0 * compiles * len(plan.layouts)
+        total += max(seconds, 7 * plan.guess * sides) + 8 * plan.guess * sides
+        total += COMPILING * compiles * len(plan.layouts)
     return total
 
 

@@ -65,7 +65,8 @@ def sentences(results: Results) -> Iterator[str]:
         faults = _faults(rows)
         if faults:
             yield f"{where}: page faults of a call, median: {faults}"
-    for name, dtype, (row, peer), best in best_of_layouts(results.rows):
+    # In memory the layouts do not differ.
+    for name, dtype, (row, peer), best in best_of_layouts(results.rows if unit == "ms" else ()):
         theirs, own = row.sides[peer].median, best.sides[OURS].median
         yield (
             f"{name} {dtype}, best layouts: {peer} {row.layout} {_short(theirs * scale)} {unit}, "
@@ -90,7 +91,7 @@ def _losses(results: Results) -> Iterator[str]:
     )
     for loss in lost:
         noise = "" if loss.is_clear else " (within the noise)"
-        yield f"  {loss.name}, {loss.layout} {loss.dtype}: {loss.ratio:.2f} x {loss.peer}{noise}"
+        yield f"  {loss.name}, {loss.layout} {loss.dtype}: {loss.ratio:.3f} x {loss.peer}{noise}"
 
 
 def _absent(results: Results) -> Iterator[str]:

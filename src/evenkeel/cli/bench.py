@@ -165,7 +165,7 @@ def _nets(kind: str, settings: dict[str, Any]) -> None:
         quick=settings["quick"],
     )
     is_timed = kind == "steps"
-    budget, with_compile = _budget(settings, 20.0, 4.0) if is_timed else _budget(settings, 0, 0)
+    budget, with_compile = _budget(settings, 20.0, 4.0)
 
     def run() -> Iterable[Row]:
         if is_timed:
@@ -181,7 +181,9 @@ def _nets(kind: str, settings: dict[str, Any]) -> None:
         _about_compile(with_compile),
         [],
         sum(len(plan.layouts) for plan in chosen),
-        timing.estimate(chosen, budget, with_compile),
+        timing.estimate(chosen, budget, with_compile)
+        if is_timed
+        else counting.estimate(chosen, with_compile),
         run,
     )
     _carry_out(kind, job, settings["out"], settings["dry_run"])
