@@ -105,7 +105,9 @@ class TestRun:
         assert all(side.median > 0 for side in row.sides.values())
         case = tiny()
         copied = row.sides["copy"].median
-        assert row.sides["floor"].median == floor_bytes(case) / (2 * case.bytes) * copied
+        assert row.sides["floor"].median == pytest.approx(
+            floor_bytes(case) / (2 * case.bytes) * copied
+        )
 
     @pytest.mark.parametrize("error", [RuntimeError("no kernel\nat all"), ValueError("")])
     def test_a_side_that_fails_is_left_out(self, monkeypatch, error):
