@@ -87,6 +87,12 @@ void by_columns(const Problem& p, Index tensors, Reduce reduce_part, Finish fini
   }
 }
 
+// Whether every row of a tensor begins on a boundary of a vector.
+template <class T>
+bool on_boundaries(const Problem& p, const void* tensor) {
+  return p.k2 * sizeof(T) % 64 == 0 && reinterpret_cast<std::uintptr_t>(tensor) % 64 == 0;
+}
+
 template <class T, Act A, bool R>
 void forward(const Problem& p) {
   const Index tensors = R ? 3 : 2;
@@ -119,7 +125,7 @@ void forward(const Problem& p) {
         }
       },
       [&](Index a, const Slab& s) {
-        Columns<T>(p, a).template apply<A, R>(s, stream && p.k2 * sizeof(T) % 64 == 0);
+        Columns<T>(p, a).template apply<A, R>(s, stream && on_boundaries<T>(p, p.y));
       });
 }
 
@@ -172,7 +178,7 @@ void backward(const Problem& p) {
       },
       [&](Index a, const Slab& s) {
         const Columns<T> columns(p, a);
-        const bool whole_lines = stream && p.k2 * sizeof(T) % 64 == 0;
+        const bool whole_lines = stream && on_boundaries<T>(p, p.dx);
         p.from_batch ? columns.template gradients<A, R, true>(s, whole_lines)
                      : columns.template gradients<A, R, false>(s, whole_lines);
       });

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from evenkeel.functional import batch_norm, normalize
 from evenkeel.kernels.reference import Reference
-from evenkeel.ops import norm, norm_backward
+from evenkeel.ops import norm_backward, norm_op
 from evenkeel.view import View, view_of
 
 EPS = 1e-5
@@ -75,7 +75,7 @@ def test_fake_kernels_know_the_strides(layout: Callable) -> None:
     owners = torch.ones(x.shape[1])
     rest = ([1], EPS, "relu", 0.0, "reference")
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(norm, (x, owners, None, x, None, None, *rest), test_utils=tests)
+    torch.library.opcheck(norm_op, (x, owners, None, x, None, None, *rest), test_utils=tests)
     args = (x.flip(0), x, owners, None, x, owners, owners, True, *rest)
     torch.library.opcheck(norm_backward, args, test_utils=tests)
 
@@ -94,7 +94,7 @@ def test_results_of_a_backend_are_not_copied(layout: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr("evenkeel.ops.load", lambda _: Spy())
     x = LAYOUTS[layout](BASE).clone()
-    y, _, _ = norm(x, None, None, None, None, None, [1], EPS, "none", 0.0, "reference")
+    y, _, _ = norm_op(x, None, None, None, None, None, [1], EPS, "none", 0.0, "reference")
     assert y.stride() == x.stride()
     assert y.data_ptr() == made[0].data_ptr()
 
@@ -159,7 +159,7 @@ def test_backends_see_dense_tensors_of_one_layout(
     kept = [1, x.dim() - 1]
     for residual in (x, x.contiguous(), x.mT.contiguous().mT):
         leaf = x.detach().requires_grad_()
-        y = norm(leaf, None, None, residual, None, None, kept, EPS, "relu", 0.0, "reference")[0]
+        y = norm_op(leaf, None, None, residual, None, None, kept, EPS, "relu", 0.0, "reference")[0]
         for dy in (torch.ones(()).expand(x.shape), x.mT.contiguous().mT, x.contiguous()):
             y.backward(dy, retain_graph=True)
 

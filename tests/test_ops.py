@@ -11,7 +11,7 @@ from torch.autograd.gradcheck import GradcheckError
 
 from evenkeel.functional import batch_norm, normalize
 from evenkeel.nn import BatchNorm2d
-from evenkeel.ops import norm, norm_backward
+from evenkeel.ops import norm_backward, norm_op
 
 EPS = 1e-5
 CONFIGS = {
@@ -33,7 +33,7 @@ CONFIGS = {
 
 
 def forward_args(config: tuple, dtype: torch.dtype = torch.float64, grad: bool = True) -> list:
-    """Arguments of `norm` for a (3, 4, 2, 5) input."""
+    """Arguments of `norm_op` for a (3, 4, 2, 5) input."""
     kept, has_weight, has_bias, has_residual, from_batch, activation, slope = config
     generator = torch.Generator().manual_seed(3)
     shape = (3, 4, 2, 5)
@@ -60,7 +60,7 @@ def backward_args(config: tuple, dtype: torch.dtype = torch.float64, grad: bool 
     x, weight, bias, residual, mean, var, *rest = forward_args(config, dtype, grad)
     from_batch = mean is None
     if from_batch:
-        _, mean, var = norm(x.detach(), None, None, None, None, None, *rest)
+        _, mean, var = norm_op(x.detach(), None, None, None, None, None, *rest)
     dy = torch.randn_like(x).requires_grad_(grad)
     return [dy, x, weight, bias, residual, mean, var, from_batch, *rest]
 
@@ -81,8 +81,8 @@ def differentiable(op: Callable, args: list) -> tuple[Callable, list[Tensor]]:
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_opcheck_forward(config: tuple) -> None:
-    torch.library.opcheck(norm, tuple(forward_args(config, torch.float32)))
-    torch.library.opcheck(norm, tuple(forward_args(config, torch.bfloat16, grad=False)))
+    torch.library.opcheck(norm_op, tuple(forward_args(config, torch.float32)))
+    torch.library.opcheck(norm_op, tuple(forward_args(config, torch.bfloat16, grad=False)))
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -93,13 +93,13 @@ def test_opcheck_backward(config: tuple) -> None:
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_gradcheck(config: tuple) -> None:
-    call, tensors = differentiable(norm, forward_args(config))
+    call, tensors = differentiable(norm_op, forward_args(config))
     assert torch.autograd.gradcheck(call, tensors, fast_mode=False)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_gradgradcheck(config: tuple) -> None:
-    call, tensors = differentiable(norm, forward_args(config))
+    call, tensors = differentiable(norm_op, forward_args(config))
     assert torch.autograd.gradgradcheck(call, tensors, fast_mode=True)
 
 
@@ -111,7 +111,7 @@ def test_statistics_taken_for_constants_fail_gradcheck() -> None:
     def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         mean = x.detach().mean((0, 2, 3))
         var = x.detach().var((0, 2, 3), unbiased=False)
-        return norm(x, weight, bias, None, mean, var, *rest)[0]
+        return norm_op(x, weight, bias, None, mean, var, *rest)[0]
 
     with pytest.raises(GradcheckError, match="Jacobian mismatch"):
         torch.autograd.gradcheck(forward, tensors)
@@ -156,21 +156,21 @@ def test_second_derivative_by_a_weight_alone() -> None:
 def test_gradients_of_one_input_alone(needed: str) -> None:
     args = forward_args(CONFIGS["residual, leaky relu"])
     place = ["x", "weight", "bias", "residual"].index(needed)
-    full = torch.autograd.grad(norm(*args)[0].square().sum(), args[:4])
+    full = torch.autograd.grad(norm_op(*args)[0].square().sum(), args[:4])
     args[:4] = [a.detach().requires_grad_(i == place) for i, a in enumerate(args[:4])]
-    (alone,) = torch.autograd.grad(norm(*args)[0].square().sum(), args[place])
+    (alone,) = torch.autograd.grad(norm_op(*args)[0].square().sum(), args[place])
     assert torch.equal(alone, full[place])
 
 
 def test_statistics_are_the_batchs_and_have_no_gradient() -> None:
     args = forward_args(CONFIGS["per location"])
-    _, mean, var = norm(*args)
+    _, mean, var = norm_op(*args)
     x = args[0].detach()
     torch.testing.assert_close(mean, x.mean((0, 1)), rtol=1e-14, atol=1e-14)
     torch.testing.assert_close(var, x.var((0, 1), unbiased=False), rtol=1e-13, atol=0)
     assert not mean.requires_grad
     assert not var.requires_grad
-    _, mean, var = norm(*forward_args(CONFIGS["inference"]))
+    _, mean, var = norm_op(*forward_args(CONFIGS["inference"]))
     assert mean.numel() == var.numel() == 0
 
 

@@ -17,6 +17,7 @@ LAYERS = (
     ("pattern", "view", "conventions"),
     ("kernels",),
     ("ops",),
+    ("direct",),
     ("functional",),
     ("nn",),
     ("surgery",),
@@ -115,7 +116,7 @@ def test_import_is_light():
     assert not loaded_by("import evenkeel") & {*HEAVY, "torch", "numpy"}
 
 
-@pytest.mark.parametrize("room", ["functional", "nn", "surgery.fold", "surgery.introduce"])
+@pytest.mark.parametrize("room", ["functional", "nn", "surgery.accelerate", "surgery.fold", "surgery.introduce"])
 def test_the_library_loads_no_tools(room):
     loaded = loaded_by(f"import evenkeel.{room}")
     assert "torch" in loaded
@@ -164,6 +165,7 @@ def test_public_names():
         "Norm",
         "NormSpec",
         "PerActivationBatchNorm",
+        "accelerate",
         "batch_norm",
         "conventions",
         "errors",
@@ -173,6 +175,7 @@ def test_public_names():
         "nn",
         "normalize",
         "parse",
+        "restore",
     ]
     for name in evenkeel.__all__:
         assert getattr(evenkeel, name) is not None

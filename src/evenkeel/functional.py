@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .direct import norm
 from .errors import ConfigError, PatternError, ShapeError
 from .kernels.contract import Activation
 from .kernels.reference import activate
-from .ops import norm
 from .pattern import DEFAULT, Bound, NormSpec, parse
 
 __all__ = ["batch_norm", "normalize"]

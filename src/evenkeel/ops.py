@@ -9,6 +9,7 @@ derivative comes from differentiating the reference backend.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,11 +19,11 @@ from .kernels.contract import Activation, Affine, Backend, accumulation_dtype
 from .kernels.select import choose, load
 from .view import View, logical_view, view_of
 
-__all__ = ["norm"]
+__all__ = ["backward", "dense", "forward", "gradients", "keep", "norm_op"]
 
 
 @torch.library.custom_op("evenkeel::norm", mutates_args=())
-def norm(
+def norm_op(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -41,23 +42,43 @@ def norm(
     have one value per owner in that order. With ``mean`` and ``var`` given those are used instead,
     as constants, and the two returned statistics are empty.
     """
-    x, view = _dense(x, kept)
+    return forward(x, weight, bias, residual, mean, var, kept, eps, activation, slope, backend)[:3]
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    kept: Sequence[int],
+    eps: float,
+    activation: str,
+    slope: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Affine]:
+    """y, mean, variance, and what x was mapped with."""
+    x, view = dense(x, kept)
     verbs = _verbs(backend, view, x)
     act = Activation(activation, slope)
     added = None if residual is None else _aligned(residual, x, view)
     if mean is not None and var is not None:
-        y = verbs.apply(x, view, _affine(view, x, weight, bias, mean, var, eps), act, added)
-        return _like(y, x), y.new_empty(0, dtype=mean.dtype), y.new_empty(0, dtype=mean.dtype)
+        affine = _affine(view, x, weight, bias, mean, var, eps)
+        y = verbs.apply(x, view, affine, act, added)
+        nothing = y.new_empty(0, dtype=affine.mean.dtype)
+        return _like(y, x), nothing, nothing.clone(), affine
     parameters = (_folded(weight, view, x), _folded(bias, view, x))
     y, mean, var = verbs.forward_training(x, view, *parameters, eps, act, added)
     return (
         _like(y, x),
-        view.unfold_vector(mean, x.shape).contiguous(),
-        view.unfold_vector(var, x.shape).contiguous(),
+        view.unfold_vector(mean, x.shape),
+        view.unfold_vector(var, x.shape),
+        Affine(mean, (var + eps).rsqrt(), *parameters),
     )
 
 
-@norm.register_fake
+@norm_op.register_fake
 def _norm_fake(
     x: Tensor,
     weight: Tensor | None,
@@ -96,14 +117,29 @@ def norm_backward(
 
     ``from_batch`` says that mean and var were computed from x, and so depend on it.
     """
-    x, view = _dense(x, kept)
-    verbs = _verbs(backend, view, x)
-    act = Activation(activation, slope)
+    x, view = dense(x, kept)
     affine = _affine(view, x, weight, bias, mean, var, eps)
+    act = Activation(activation, slope)
+    return gradients(dy, x, view, weight, bias, residual, affine, from_batch, act, backend)
+
+
+def gradients(
+    dy: Tensor,
+    x: Tensor,
+    view: View,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    affine: Affine,
+    from_batch: bool,
+    act: Activation,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    verbs = _verbs(backend, view, x)
     dy = _aligned(dy, x, view)
     added = None if residual is None else _aligned(residual, x, view)
     dx, dresidual, sums = verbs.backward(dy, x, view, affine, act, added, from_batch)
-    if dresidual is not None and activation == "none":
+    if dresidual is not None and act.name == "none":
         dresidual = dresidual.clone()  # it may be dy itself, and an op must not return its input
     return (
         _like(dx, x),
@@ -138,7 +174,7 @@ def _norm_backward_fake(
     )
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, residual, mean, var, *ctx.rest = inputs
     ctx.from_batch = mean is None
     if mean is None:
@@ -151,7 +187,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(x, weight, bias, needed, mean, var)
 
 
-def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, residual, mean, var = ctx.saved_tensors
     dx, dweight, dbias, dresidual = torch.ops.evenkeel.norm_backward(
         dy, x, weight, bias, residual, mean, var, ctx.from_batch, *ctx.rest
@@ -169,7 +205,7 @@ def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-torch.library.register_autograd("evenkeel::norm", _backward, setup_context=_keep)
+torch.library.register_autograd("evenkeel::norm", backward, setup_context=keep)
 
 
 def _keep_for_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -226,7 +262,8 @@ def _folded(vector: Tensor | None, view: View, x: Tensor) -> Tensor | None:
     """A per-owner vector in memory order and in the accumulation dtype."""
     if vector is None:
         return None
-    return view.fold_vector(vector.to(accumulation_dtype(x.dtype, x.device)), x.shape)
+    wide = vector.to(accumulation_dtype(x.dtype, x.device))
+    return view.fold_vector(wide, x.shape)
 
 
 def _affine(
@@ -251,26 +288,32 @@ def _owned(vector: Tensor, view: View, x: Tensor, parameter: Tensor | None) -> T
     """The gradient of weight or bias; empty if there is no such parameter."""
     if parameter is None:
         return x.new_empty(0)
-    return view.unfold_vector(vector, x.shape).to(parameter.dtype).contiguous()
+    return view.unfold_vector(vector, x.shape).to(parameter.dtype)
 
 
 def _verbs(wish: str, view: View, x: Tensor) -> Backend:
     return load(choose(wish, view, x.dtype, x.device).name)
 
 
-def _dense(x: Tensor, kept: Sequence[int]) -> tuple[Tensor, View]:
+@lru_cache(maxsize=4096)
+def _view(shape: tuple[int, ...], strides: tuple[int, ...], kept: tuple[int, ...]) -> View | None:
+    return view_of(shape, strides, kept)
+
+
+def dense(x: Tensor, kept: Sequence[int]) -> tuple[Tensor, View]:
     """x without gaps or overlaps, copied only if it has any, and its view."""
-    view = view_of(x.shape, x.stride(), kept)
+    kept = tuple(kept)
+    view = _view(x.shape, x.stride(), kept)
     if view is None:
         x = x.clone()
-        view = view_of(x.shape, x.stride(), kept)
+        view = _view(x.shape, x.stride(), kept)
     assert view is not None  # noqa: S101 - a clone is dense
     return x, view
 
 
 def _aligned(t: Tensor, x: Tensor, view: View) -> Tensor:
     """``t`` in the layout of x, copied only if it has another one."""
-    if view_of(t.shape, t.stride(), view.kept) == view:
+    if t.stride() == x.stride() or _view(t.shape, t.stride(), tuple(sorted(view.kept))) == view:
         return t
     return torch.empty_like(x, dtype=t.dtype).copy_(t)
 

@@ -72,14 +72,18 @@ class View:
             shape: the input's shape.
         """
         ascending = sorted(self.kept)
+        if self.kept == tuple(ascending):
+            return vector.reshape(self.kept_sizes)
         placed = vector.reshape([shape[d] for d in ascending])
         return placed.permute([ascending.index(d) for d in self.kept]).reshape(self.kept_sizes)
 
     def unfold_vector(self, vector: Tensor, shape: Sequence[int]) -> Tensor:
-        """The inverse of `fold_vector`, with one dimension per owning dimension of the input."""
+        """The inverse of `fold_vector`, contiguous, with a dimension per owner of the input."""
         ascending = sorted(self.kept)
         placed = vector.reshape([shape[d] for d in self.kept])
-        return placed.permute([self.kept.index(d) for d in ascending])
+        if self.kept == tuple(ascending):
+            return placed
+        return placed.permute([self.kept.index(d) for d in ascending]).contiguous()
 
 
 def view_of(shape: Sequence[int], strides: Sequence[int], kept: Sequence[int]) -> View | None:

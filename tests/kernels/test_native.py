@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 
 import pytest
+import torch
+
+from evenkeel.errors import BackendError
+from evenkeel.kernels import select
+from evenkeel.kernels.contract import Activation, Affine
+from evenkeel.kernels.reference import Reference
+from evenkeel.view import view_of
 
 from .contract import Contract
 
-native = pytest.importorskip("evenkeel._native", reason="the native kernels are not built")
+if not os.environ.get("CI"):  # there they must be built
+    pytest.importorskip("evenkeel._native", reason="the native kernels are not built")
+from evenkeel import _native as native
+from evenkeel.kernels.native import Native
 
 
 @pytest.fixture(params=["baseline", "avx2", "avx512"])
@@ -25,3 +37,110 @@ def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.mark.usefixtures("instructions")
 class TestNative(Contract):
     name = "native"
+
+
+NATIVE, PLAIN = Native(), Reference()
+RELU = Activation("relu")
+SHAPES = {
+    "one channel, large": (2, 1, 301, 299),
+    "three channels": (5, 3, 97, 61),
+    "many rows": (4099, 5),
+    "more channels than values": (9, 517, 3, 1),
+    "one place each": (131, 67, 1, 1),
+    "sequence": (3, 7, 4001),
+}
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[1, 1 << 30], ids=["no cache", "all in cache"])
+def cache(request: pytest.FixtureRequest) -> Iterator[int]:
+    native.set_cache(request.param)
+    yield request.param
+    native.set_cache(0)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_however_the_work_is_divided(threads, cache, shape, last) -> None:
+    """Threads over owners, over rows or over parts of rows; slabs of columns or all of them."""
+    torch.manual_seed(0)
+    x, dy = torch.randn(2, *shape) * 3 + 100
+    if last:
+        x, dy = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, dy))
+    view = view_of(x.shape, x.stride(), (1,))
+    weight, bias = torch.randn(2, *view.kept_sizes, dtype=torch.float64)
+    y, mean, var = NATIVE.forward_training(x, view, weight, bias, 1e-5, RELU, None)
+    wanted, wanted_mean, wanted_var = PLAIN.forward_training(
+        x, view, weight, bias, 1e-5, RELU, None
+    )
+    close = torch.testing.assert_close
+    close(mean, wanted_mean, rtol=1e-8, atol=1e-8)
+    close(var, wanted_var, rtol=1e-6, atol=0)
+    close(y, wanted, rtol=1e-5, atol=1e-5)
+    affine = Affine(mean, (var + 1e-5).rsqrt(), weight, bias)
+    dx, _, sums = NATIVE.backward(dy, x, view, affine, RELU, None, True)
+    dx_wanted, _, sums_wanted = PLAIN.backward(dy, x, view, affine, RELU, None, True)
+    near_kink = (y == 0) != (wanted == 0)
+    close(dx.masked_fill(near_kink, 0), dx_wanted.masked_fill(near_kink, 0), rtol=1e-4, atol=1e-4)
+    for got, want in zip(sums, sums_wanted, strict=True):
+        close(got, want, rtol=1e-5, atol=1e-5 * float(dy.abs().sum() / dy.shape[1]))
+    again = NATIVE.forward_training(x, view, weight, bias, 1e-5, RELU, None)
+    assert torch.equal(again[0], y), "the same threads gave other bits"
+
+
+@pytest.mark.parametrize("offset", [1, 3, 7])
+def test_stores_past_the_cache_from_odd_addresses(offset) -> None:
+    """Streaming stores need whole aligned vectors; the ends of a run have neither."""
+    native.set_stream_from(0)
+    try:
+        for last in (False, True):
+            x = torch.randn(2 * 48 * 35 + offset)[offset:].view(2, 48, 7, 5)
+            x = x.permute(0, 1, 2, 3) if not last else x.reshape(2, 7, 5, 48).permute(0, 3, 1, 2)
+            view = view_of(x.shape, x.stride(), (1,))
+            y, *_ = NATIVE.forward_training(x, view, None, None, 1e-5, RELU, None)
+            wanted, *_ = PLAIN.forward_training(x, view, None, None, 1e-5, RELU, None)
+            torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
+    finally:
+        native.set_stream_from(-1)
+
+
+def test_variance_where_the_mean_is_a_thousand_deviations_away() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 8, 31, 29) + 1000
+    for t in (x, x.contiguous(memory_format=torch.channels_last)):
+        view = view_of(t.shape, t.stride(), (1,))
+        got, wanted = NATIVE.stats(t, view), PLAIN.stats(t, view)
+        torch.testing.assert_close(got.m2, wanted.m2, rtol=1e-6, atol=0)
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    with pytest.raises(ValueError, match="does not run 'mmx' kernels"):
+        native.use("mmx")
+
+
+def test_what_it_says_of_itself() -> None:
+    text = NATIVE.describe()
+    assert native.instructions() in text
+    assert "libgomp" in text or "libomp" in text or "own threads" in text
+
+
+def test_without_the_kernels_the_reference_runs_and_a_wish_is_refused(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "evenkeel._native", None)
+    monkeypatch.delattr("evenkeel._native")
+    for cached in (select.load, select._missing):
+        cached.cache_clear()
+    view = view_of((2, 3, 4, 5), (60, 20, 5, 1), (1,))
+    choice = select.choose("auto", view, torch.float32, torch.device("cpu"))
+    assert choice.name == "reference"
+    assert "not built" in choice.reason
+    with pytest.raises(BackendError, match=r"install evenkeel where a C\+\+ compiler"):
+        select.choose("native", view, torch.float32, torch.device("cpu"))
+    for cached in (select.load, select._missing):
+        cached.cache_clear()

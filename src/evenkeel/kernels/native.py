@@ -8,8 +8,7 @@ and normalizing. Threads are torch's, as many as ``torch.get_num_threads()`` say
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ _FEW: Final = 8
 """Of fewer values than this nearly all of dx cancels, so it is computed in float64."""
 
 
-def _module() -> ModuleType:
+def _module() -> Any:
     try:
         from .. import _native
     except ImportError as error:
