@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import evenkeel.nn as ours
-from evenkeel.errors import ShapeError
+from evenkeel.errors import ShapeError, SurgeryError
 
 PAIRS = {
     1: (ours.BatchNorm1d, nn.BatchNorm1d, (5, 3, 4)),
@@ -136,6 +136,77 @@ def test_copies_are_equal_and_apart(rank: int, options: dict) -> None:
         same_state(other, module)
         other(x * 2)  # trains the copy
         assert all(torch.equal(value, before[name]) for name, value in bits(module).items())
+
+
+ACTIVATIONS = {
+    "relu": nn.ReLU(),
+    "relu6": nn.ReLU6(),
+    "leaky_relu": nn.LeakyReLU(),
+    ("leaky_relu", 0.3): nn.LeakyReLU(0.3),
+    "silu": nn.SiLU(),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS], ids=str)
+@pytest.mark.parametrize("added", [True, False], ids=["residual", "no residual"])
+@pytest.mark.parametrize("rank", PAIRS)
+def test_activation_and_residual(rank: int, added: bool, activation, training: bool) -> None:
+    mine, theirs = (m.train(training) for m in pair(rank, OPTIONS[0]))
+    mine.activation = activation
+    act = ACTIVATIONS.get(activation, nn.Identity())
+    given = [batch(PAIRS[rank][2], seed).requires_grad_() for seed in range(2)]
+    y = mine(*given[: 1 + added])
+    z = theirs(given[0])
+    wanted = act(z + given[1] if added else z)
+    torch.testing.assert_close(y, wanted, **EXACT)
+    sources = given[: 1 + added]
+    for got, exact in zip(
+        torch.autograd.grad(y.square().sum(), [*sources, *mine.parameters()]),
+        torch.autograd.grad(wanted.square().sum(), [*sources, *theirs.parameters()]),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, exact, rtol=1e-10, atol=1e-10)
+    same_state(mine, theirs)
+
+
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS], ids=str)
+@pytest.mark.parametrize(
+    "residual",
+    [torch.ones(3, 1, 1), torch.ones(5, 3, 4, 2), torch.ones(2, 5, 3, 4, 2), torch.tensor(1.0)],
+    ids=["broadcast", "other dtype", "larger", "scalar"],
+)
+def test_a_residual_that_converts_is_added_as_torch_adds(residual: Tensor, activation) -> None:
+    mine, theirs = pair(2, OPTIONS[0])
+    mine.activation = activation
+    x = batch(PAIRS[2][2], 0)
+    wanted = ACTIVATIONS.get(activation, nn.Identity())(theirs(x) + residual)
+    torch.testing.assert_close(mine(x, residual), wanted, **EXACT)
+    same_state(mine, theirs)
+
+
+def test_the_activation_is_a_setting_that_is_shown_and_copied() -> None:
+    plain, module = ours.BatchNorm2d(3), ours.BatchNorm2d(3)
+    assert plain.activation is None
+    module.activation = ("leaky_relu", 0.2)
+    assert repr(module) == repr(plain)[:-1] + ", activation=('leaky_relu', 0.2))"
+    assert list(module.state_dict()) == list(plain.state_dict())
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert other.activation == ("leaky_relu", 0.2)
+
+
+def test_an_activation_is_not_lost_in_conversion() -> None:
+    model = nn.Sequential(ours.BatchNorm2d(3))
+    model[0].activation = "relu"
+    with pytest.raises(SurgeryError, match=r"BatchNorm2d that also does 'relu' cannot be convert"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model[0].qconfig = "asked for"
+    assert model[0].qconfig == copy.deepcopy(model)[0].qconfig == "asked for"
+    del model[0].qconfig
+    model[0].activation = None
+    assert not hasattr(model[0], "qconfig")
+    with pytest.raises(KeyError):
+        del model[0].qconfig
 
 
 def test_sync_batch_norm_conversion_accepts_it() -> None:

@@ -5,8 +5,13 @@ They are subclasses: the constructor, state dict, defaults and every ``isinstanc
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
+from ..errors import SurgeryError
+from ..kernels.contract import Activation
+from ..kernels.reference import activate
 from ..pattern import parse
 from .norm import forward_with_memory
 
@@ -15,25 +20,91 @@ __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 _SPATIAL = parse("n c ... -> c")
 
 
-class BatchNorm1d(nn.BatchNorm1d):
-    """`torch.nn.BatchNorm1d` on (n, c) or (n, c, l), computed by evenkeel."""
+class _Named:
+    """What the three classes share::
 
-    def forward(self, x: Tensor) -> Tensor:
+        y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)
+
+    ``activation`` is None, 'relu', 'leaky_relu', ('leaky_relu', slope), 'relu6' or 'silu'. It is
+    a setting and no argument of the constructor, which is torch's; no state dict knows it.
+    """
+
+    activation: str | tuple[str, float] | None = None
+
+    def forward(self: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
         self._check_input_dim(x)
-        return forward_with_memory(self, x, _SPATIAL)
+        if residual is None or _alike(x, residual):
+            return forward_with_memory(
+                self, x, _SPATIAL, activation=self.activation, residual=residual
+            )
+        # A sum that broadcasts or promotes is torch's business: it means what it meant before.
+        y = forward_with_memory(self, x, _SPATIAL) + residual
+        return y if self.activation is None else _activated(y, self.activation)
+
+    @property
+    def qconfig(self: Any) -> Any:
+        """A setting of torch's quantization.
+
+        Torch asks for it when it builds another norm in this one's place, SyncBatchNorm above all,
+        and there an activation would be lost without a word.
+
+        Raises:
+            SurgeryError: the norm has an activation.
+        """
+        if "qconfig" not in vars(self) and self.activation is not None:
+            raise SurgeryError(
+                f"a {type(self).__name__} that also does {self.activation!r} cannot be converted; "
+                "convert the network that evenkeel.restore makes of it, then accelerate"
+            )
+        try:
+            return vars(self)["qconfig"]
+        except KeyError:
+            raise AttributeError("qconfig") from None
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        vars(self)["qconfig"] = value
+
+    @qconfig.deleter
+    def qconfig(self) -> None:
+        del vars(self)["qconfig"]
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()  # type: ignore[misc]
+        return f"{text}, activation={self.activation!r}" if self.activation else str(text)
 
 
-class BatchNorm2d(nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d` on (n, c, h, w), computed by evenkeel: cuDNN's SPATIAL mode."""
+class BatchNorm1d(_Named, nn.BatchNorm1d):
+    """`torch.nn.BatchNorm1d` on (n, c) or (n, c, l), computed by evenkeel.
 
-    def forward(self, x: Tensor) -> Tensor:
-        self._check_input_dim(x)
-        return forward_with_memory(self, x, _SPATIAL)
+    Set ``activation`` for a function of the result; ``forward`` takes a residual to add before it.
+    """
 
 
-class BatchNorm3d(nn.BatchNorm3d):
-    """`torch.nn.BatchNorm3d` on (n, c, d, h, w), computed by evenkeel."""
+class BatchNorm2d(_Named, nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d` on (n, c, h, w), computed by evenkeel: cuDNN's SPATIAL mode.
 
-    def forward(self, x: Tensor) -> Tensor:
-        self._check_input_dim(x)
-        return forward_with_memory(self, x, _SPATIAL)
+    Set ``activation`` for a function of the result; ``forward`` takes a residual to add before it.
+    """
+
+
+class BatchNorm3d(_Named, nn.BatchNorm3d):
+    """`torch.nn.BatchNorm3d` on (n, c, d, h, w), computed by evenkeel.
+
+    Set ``activation`` for a function of the result; ``forward`` takes a residual to add before it.
+    """
+
+
+def _alike(x: Tensor, residual: Tensor) -> bool:
+    """True if the sum with the residual has x's shape and dtype without any conversion."""
+    return (
+        isinstance(residual, Tensor)
+        and residual.shape == x.shape
+        and residual.dtype == x.dtype
+        and residual.device == x.device
+    )
+
+
+def _activated(y: Tensor, activation: str | tuple[str, float]) -> Tensor:
+    named = activation if isinstance(activation, tuple) else (activation, 0.01)
+    return activate(y, Activation(*named))

@@ -180,12 +180,19 @@ class PerActivationBatchNorm(Norm):
 
 
 def forward_with_memory(
-    module: Any, x: Tensor, spec: NormSpec, sizes: Mapping[str, int] | None = None
+    module: Any,
+    x: Tensor,
+    spec: NormSpec,
+    sizes: Mapping[str, int] | None = None,
+    *,
+    activation: str | tuple[str, float] | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """What a norm module computes: the norm itself, then the count of batches.
 
     ``module`` has torch's names: weight, bias, running_mean, running_var, num_batches_tracked,
-    momentum, eps, track_running_stats, training.
+    momentum, eps, track_running_stats, training. ``activation`` and ``residual`` are as in
+    `normalize`.
     """
     updates = module.training and module.track_running_stats
     count: Tensor | None = module.num_batches_tracked
@@ -207,6 +214,8 @@ def forward_with_memory(
         training=module.training or not remembers,
         momentum=momentum,
         eps=module.eps,
+        activation=activation,
+        residual=residual,
         sizes=sizes,
     )
     if updates and count is not None:
