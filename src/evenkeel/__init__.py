@@ -4,6 +4,7 @@
     y = evenkeel.batch_norm(x, weight, bias, running_mean, running_var, training=True)
     norm = evenkeel.Norm("n c h w -> c h w", c=64, h=8, w=8)
     model, report = evenkeel.introduce(model, example)
+    model, report = evenkeel.accelerate(model, example)
     model, report = evenkeel.fold(model, example)
 
 Names are loaded on first use, so that ``import evenkeel`` is light.
@@ -21,11 +22,13 @@ _HOMES = {
     "Norm": "nn",
     "PerActivationBatchNorm": "nn",
     "NormSpec": "pattern",
+    "accelerate": "surgery.accelerate",
     "batch_norm": "functional",
     "fold": "surgery.fold",
     "introduce": "surgery.introduce",
     "normalize": "functional",
     "parse": "pattern",
+    "restore": "surgery.accelerate",
 }
 _ROOMS = ("conventions", "errors", "functional", "nn")
 
@@ -36,6 +39,7 @@ __all__ = [
     "Norm",
     "NormSpec",
     "PerActivationBatchNorm",
+    "accelerate",
     "batch_norm",
     "conventions",
     "errors",
@@ -45,6 +49,7 @@ __all__ = [
     "nn",
     "normalize",
     "parse",
+    "restore",
 ]
 
 if TYPE_CHECKING:
@@ -61,6 +66,8 @@ if TYPE_CHECKING:
     from .nn import PerActivationBatchNorm as PerActivationBatchNorm
     from .pattern import NormSpec as NormSpec
     from .pattern import parse as parse
+    from .surgery.accelerate import accelerate as accelerate
+    from .surgery.accelerate import restore as restore
     from .surgery.fold import fold as fold
     from .surgery.introduce import introduce as introduce
 

@@ -15,10 +15,10 @@ from torch import Tensor, fx, nn
 
 from ..errors import SurgeryError
 from ..nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Norm, PerActivationBatchNorm
+from .accelerate import restore
 from .graph import (
     LAYERS,
     NORMS,
-    copied,
     is_norm,
     module_of,
     name_of,
@@ -94,7 +94,7 @@ def fold(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, FoldReport]
         SurgeryError: the model cannot be traced, or the folded copy's outputs differ by more than
             the budget; the given model is untouched in any case.
     """
-    original = copied(model).eval()
+    original = restore(model).eval()  # an accelerated norm does more than a norm
     traced = trace(original, example, inference=True)
     folded: list[tuple[str, str]] = []
     left: dict[str, str] = {}  # a norm called twice is one norm
@@ -125,7 +125,7 @@ def fold(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, FoldReport]
 
 def skip_norms(model: nn.Module) -> nn.Module:
     """A copy of the network whose norms do nothing: the mistake of leaving out BN at inference."""
-    own = copied(model)
+    own = restore(model)
     for name, module in list(own.named_modules(remove_duplicate=False)):
         if isinstance(module, NORMS):
             own.set_submodule(name, nn.Identity())
@@ -183,6 +183,8 @@ def _not_a_map(norm: nn.Module, shape: tuple[int, ...]) -> str | None:
         return "each sample has its own statistics"
     if norm.running_mean is None or norm.running_var is None:
         return "it has no running statistics"
+    if getattr(norm, "activation", None) is not None:
+        return f"it also does '{norm.activation}'"
     return None
 
 

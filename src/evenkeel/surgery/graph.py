@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,8 @@ __all__ = [
     "shape_of",
     "trace",
 ]
+
+M = TypeVar("M", bound=nn.Module)
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, Norm)
@@ -75,7 +77,7 @@ class _Tracer(fx.Tracer):
         return isinstance(m, NORMS) or super().is_leaf_module(m, module_qualified_name)
 
 
-def copied(model: nn.Module) -> nn.Module:
+def copied(model: M) -> M:
     """A deep copy, for every edit is made on one.
 
     Raises:
