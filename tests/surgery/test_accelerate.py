@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import evenkeel
@@ -15,7 +17,8 @@ from evenkeel.errors import SurgeryError
 from evenkeel.surgery import accelerate as accelerate_module
 from evenkeel.surgery import comparing
 
-from .cnns import ZOO, ResNet, built, images
+from .cnns import ZOO, ConvBN, ResNet, built, images
+from .nets import built as plain
 from .nets import state
 
 
@@ -277,17 +280,72 @@ def test_what_cannot_be_copied_is_not_edited():
         evenkeel.accelerate(model, inplace=True)
 
 
-def test_introduced_norms_are_accelerated_and_folded():
-    """A GraphModule's graph is rewritten, and comes back."""
-    from .nets import built as plain
-    from .nets import images as grey
+class Odds(nn.Module):
+    """Functions, sums and modules that end in a norm, for torch.fx."""
 
-    network, _ = evenkeel.introduce(plain("residual"), grey())
-    fast, report = evenkeel.accelerate(network, grey())
-    assert set(found(report).values()) == {"relu", "add and relu"}
-    for other in (fast, copy.deepcopy(fast)):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.bns = nn.ModuleList([nn.BatchNorm2d(3) for _ in range(4)])
+        self.act = nn.ReLU()
+        self.last = ConvBN(3, 3)
+
+    def forward(self, x):
+        a, b, c, d = self.bns
+        x = F.leaky_relu(a(self.conv(x)), 0.2)
+        y = F.silu(b(x) + x)
+        y = self.act(c(y) + y)
+        return F.relu(self.last(torch.relu(d(y))))
+
+
+class KeepsConvBN(torch.fx.Tracer):
+    def is_leaf_module(self, m, module_qualified_name):
+        return isinstance(m, ConvBN) or super().is_leaf_module(m, module_qualified_name)
+
+
+def graph_modules():
+    model = Odds()
+    traced = torch.fx.GraphModule(model, KeepsConvBN().trace(model))
+    wanted = {"bns.0": "leaky_relu of slope 0.2", "bns.1": "add and silu", "bns.2": "add and relu"}
+    yield traced, images(), wanted | {"bns.3": "relu", "last.bn": ""}
+    grey = images()[:, :1]
+    network, introduced = evenkeel.introduce(plain("residual"), grey)
+    found = {n: "add and relu" if "conv2" in n else "relu" for n, _ in introduced.norms}
+    del found["block2.conv2_norm"]  # the sum goes to the later norm; this one is ours, and alone
+    yield network, grey, found | {"block2.shortcut_norm": "add and relu"}
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["traced", "introduced"])
+def test_graph_modules_are_rewritten_and_come_back(place):
+    model, x, wanted = list(graph_modules())[place]
+    before = state(model)
+    fast, report = evenkeel.accelerate(model, x)
+    assert found(report) == wanted
+    assert state(model) == before
+    y = model.eval()(x)
+    for other in (fast, copy.deepcopy(fast), copy.deepcopy(pickle.loads(pickle.dumps(fast)))):
+        torch.testing.assert_close(other.eval()(x), y, rtol=1e-4, atol=1e-5)
         back = evenkeel.restore(other)
-        assert str(back.graph) == str(network.graph)
-        assert torch.equal(back.eval()(grey()), network.eval()(grey()))
-        folded, _ = evenkeel.fold(other, grey())
-        torch.testing.assert_close(folded(grey()), network.eval()(grey()), rtol=1e-4, atol=1e-4)
+        assert [type(m) for m in back.modules()][1:] == [type(m) for m in model.modules()][1:]
+        assert torch.equal(back.eval()(x), y)
+        assert evenkeel.accelerate(back)[1].swapped == report.swapped
+        folded, _ = evenkeel.fold(other, x)
+        torch.testing.assert_close(folded(x), y, rtol=1e-4, atol=1e-4)
+
+
+def test_an_accident_leaves_a_graph_module_as_it_was(monkeypatch):
+    model, x, _ = next(graph_modules())
+    code, before = model.code, state(model)
+    swap, calls = accelerate_module._swap, []
+
+    def fail(*arguments, **named):
+        calls.append(1)
+        if len(calls) > 7:  # in the midst of the second round, on the model itself
+            raise MemoryError("no memory")
+        swap(*arguments, **named)
+
+    monkeypatch.setattr(accelerate_module, "_swap", fail)
+    with pytest.raises(MemoryError):
+        evenkeel.accelerate(model, inplace=True)
+    assert (model.code, state(model)) == (code, before)
+    assert model(x).shape == x.shape

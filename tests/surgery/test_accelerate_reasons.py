@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import evenkeel
+from evenkeel.surgery import accelerate as accelerate_module
 
 from .cnns import BasicBlock, SqueezeExcite, built, conv, images
 from .nets import state
@@ -74,6 +75,16 @@ class InputChanges(Body):
         y = self.bn(x)
         other = x.mul_(2.0)
         return F.relu(y + other)
+
+
+class ResidualChanges(Body):
+    """The other summand is overwritten behind the sum."""
+
+    def forward(self, x):
+        other = self.other(x)
+        y = F.relu(self.bn(self.conv(x)) + other)
+        other *= 2
+        return y + other
 
 
 class Twice(Body):
@@ -158,6 +169,7 @@ ALONE = {
     CalledTwice: ("bn", "swapped alone: 'bn' is called at more than one place"),
     Sums: ("bn", "swapped alone: the sum is also used by add_1"),
     InputChanges: ("bn", "swapped alone: 'add' comes later, and its input may have changed by the"),
+    ResidualChanges: ("bn", "swapped alone: 'other' is overwritten, and the norm's backward needs"),
     Context: ("Context", "its own forward stays: 'forward' works in a context: with torch.no_grad"),
     Kind: ("Kind", "its own forward stays: 'forward' asks what it was given: extra is not None"),
     Helper: ("Helper", "its own forward stays: 'choose' asks what it was given: isinstance(x, t"),
@@ -399,6 +411,27 @@ def test_a_network_that_is_not_deterministic_is_refused():
     with pytest.raises(evenkeel.errors.SurgeryError, match="the network would change by"):
         evenkeel.accelerate(model, images(), inplace=True)
     assert state(model) == before
+
+
+def test_what_no_longer_runs_is_refused(monkeypatch):
+    model = built("resnet")
+    before = state(model)
+    monkeypatch.setattr(
+        accelerate_module, "_HAND_ON", "def forward(self, input):\n    return input.no_such_thing\n"
+    )
+    words = "would no longer run, and nothing was changed: .* no attribute 'no_such_thing'"
+    with pytest.raises(evenkeel.errors.SurgeryError, match=words):
+        evenkeel.accelerate(model, images(), inplace=True)
+    assert state(model) == before
+
+
+def test_a_norm_that_is_called_by_name():
+    class Named(Body):
+        def forward(self, x):
+            return self.relu(self.bn(input=x))
+
+    assert taken(Named()) == {"bn": "relu", "other": ""}
+    assert left(Named()) == {}
 
 
 def test_fold_and_skip_see_through_acceleration():

@@ -31,14 +31,14 @@ class _Named:
 
     activation: str | tuple[str, float] | None = None
 
-    def forward(self: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        self._check_input_dim(x)
-        if residual is None or _alike(x, residual):
+    def forward(self: Any, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        self._check_input_dim(input)
+        if residual is None or _alike(input, residual):
             return forward_with_memory(
-                self, x, _SPATIAL, activation=self.activation, residual=residual
+                self, input, _SPATIAL, activation=self.activation, residual=residual
             )
         # A sum that broadcasts or promotes is torch's business: it means what it meant before.
-        y = forward_with_memory(self, x, _SPATIAL) + residual
+        y = forward_with_memory(self, input, _SPATIAL) + residual
         return y if self.activation is None else _activated(y, self.activation)
 
     @property

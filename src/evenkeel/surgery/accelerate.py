@@ -18,17 +18,19 @@ So a network that cannot be traced as a whole is treated module by module withou
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
+import torch.nn.functional as F
 from torch import fx, nn
 
 from ..errors import SurgeryError
 from .blocks import Blocks
 from .comparing import Difference, compare
-from .graph import copied
+from .graph import copied, module_of
 from .matching import OURS, Activation, Match, find, find_written
 from .own_forward import is_sequential
 from .remade import Remade, recipe, remake, unmake
@@ -46,10 +48,8 @@ def forward(self, input, residual=None):
         input = module(input)
     return modules[-1](input, residual)
 """
-_KEPT = "_user_preserved_attributes"
-"""What torch.fx calls the attributes that a copied GraphModule keeps."""
 _WAS = "_was_before_acceleration"
-"""The attribute that holds what a norm or a GraphModule was. Made classes know it themselves."""
+"""The attribute that holds the class that a norm had. Made classes know it themselves."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,11 @@ def restore(model: M, *, inplace: bool = False) -> M:
         SurgeryError: the network cannot be copied.
     """
     own = model if inplace else copied(model)
-    for module in own.modules():
+    modules = list(own.modules())
+    for module in modules:
+        if isinstance(module, fx.GraphModule):
+            _graph_as_before(module)
+    for module in modules:
         _undo(module)
     return own
 
@@ -166,6 +170,7 @@ def _refuse_accelerated(model: nn.Module) -> None:
 def _carry_out(model: nn.Module, plan: _Plan) -> None:
     """Does all edits, or none."""
     done: list[nn.Module] = []
+    graphs = [(m, m.graph) for m in model.modules() if isinstance(m, fx.GraphModule)]
     try:
         for path, edit in plan.edits.items():
             done.append(model.get_submodule(path))
@@ -173,17 +178,16 @@ def _carry_out(model: nn.Module, plan: _Plan) -> None:
     except BaseException:
         for module in reversed(done):
             _undo(module)
+        for block, graph in graphs:
+            block.graph = graph
         raise
 
 
 def _undo(module: nn.Module) -> None:
-    """Makes one module what it was."""
+    """Makes one module what it was, but for a GraphModule's graph."""
     unmake(module)
     was = vars(module).pop(_WAS, None)
-    if isinstance(module, fx.GraphModule) and was is not None:
-        module.meta.get(_KEPT, {}).pop(_WAS, None)
-        module.graph = was
-    elif was is not None:
+    if was is not None:
         module.__class__ = was
         vars(module).pop("activation", None)
 
@@ -308,6 +312,31 @@ def _rewriting(blocks: Blocks, path: str, matches: list[Match], passing: list[nn
 
 def _regraph(block: fx.GraphModule, graph: fx.Graph) -> None:
     # A GraphModule writes its forward anew from its graph when it is copied, so the graph changes.
-    vars(block)[_WAS] = block.graph
-    block.meta.setdefault(_KEPT, {})[_WAS] = block.graph
     block.graph = copy.deepcopy(graph)
+
+
+def _graph_as_before(block: fx.GraphModule) -> None:
+    """Writes what norms have taken over into the graph again.
+
+    A GraphModule that is copied or pickled forgets all that it does not call, so there is no place
+    to keep the graph that it had.
+    """
+    for node in list(block.graph.nodes):
+        norm: Any = module_of(node)
+        activation = getattr(norm, "activation", None)
+        if norm is None or _WAS not in vars(norm) or activation is None:
+            continue
+        users = list(node.users)
+        handed_on = any(isinstance(module_of(user), Remade) for user in users)
+        value = node
+        if len(node.args) > 1:
+            node.args, residual = node.args[:1], node.args[1]
+            with block.graph.inserting_after(value):
+                value = block.graph.call_function(operator.add, (node, residual))
+        if not handed_on:
+            name, *slope = activation if isinstance(activation, tuple) else (activation,)
+            with block.graph.inserting_after(value):
+                value = block.graph.call_function(getattr(F, name), (value, *slope))
+        for user in users:
+            user.replace_input_with(node, value)
+    block.recompile()

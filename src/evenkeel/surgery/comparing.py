@@ -69,7 +69,14 @@ def compare(
     Raises:
         SurgeryError: the networks differ, or cannot run the example.
     """
-    before, after = _values(original, example), _values(changed, example)
+    before = _values(original, example)
+    try:
+        after = _values(changed, example)
+    except SurgeryError as error:
+        raise SurgeryError(
+            f"the network would no longer run, and nothing was changed: {error.__cause__}; leave "
+            "the module that it comes from as it is, and accelerate the others one by one"
+        ) from error
     differences = _largest(before, after)
     exact = all(value.dtype == torch.float64 for value in before.values())
     budget = EXACT_BUDGET if exact else BUDGET

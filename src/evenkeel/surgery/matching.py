@@ -49,6 +49,7 @@ _FUNCTIONS: dict[Any, str] = {
 }
 _METHODS = {"relu": "relu", "relu_": "relu"}
 _SUMS = (operator.add, operator.iadd, torch.add)
+_IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior"}
 _FRESH = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear,
     nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
@@ -239,7 +240,9 @@ def _norm_problem(blocks: Blocks, modules: Iterable[nn.Module]) -> str | None:
 def _place_problem(
     blocks: Blocks, block: str, call: fx.Node, found: _Found, add: fx.Node | None
 ) -> str | None:
-    """Why the norm cannot be called where the sum is, or None."""
+    """Why the norm cannot take over what is behind it there, or None."""
+    if found.chain and isinstance(blocks.model.get_submodule(block), fx.GraphModule):
+        return f"it is inside of '{blocks.paths[found.chain[0]]}', which a GraphModule calls"
     problem = _only_used_by(call, add) if add is not None else None
     if problem is not None or add is None:
         return problem
@@ -250,7 +253,25 @@ def _place_problem(
             return f"it is inside of '{blocks.paths[module]}', which takes no residual"
     if not _may_move(blocks, block, call, found, add):
         return f"'{add.name}' comes later, and its input may have changed by then"
+    (other,) = (arg for arg in add.args if isinstance(arg, fx.Node) and arg is not call)
+    if any(_overwrites(blocks, block, user) for user in other.users if user is not add):
+        return f"'{other.name}' is overwritten, and the norm's backward needs it as it was"
     return None
+
+
+def _overwrites(blocks: Blocks, block: str, node: fx.Node) -> bool:
+    """True if a node may change its first input in place."""
+    module = blocks.called(block, node)
+    if module is not None:
+        return not _leaves_input(module) and _changes_in_place(module)
+    name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
+    in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    return in_place or bool(node.kwargs.get("inplace", False))
+
+
+def _changes_in_place(module: nn.Module) -> bool:
+    """True if anything in a module says that it works in place."""
+    return any(getattr(inner, "inplace", False) for inner in module.modules())
 
 
 def _only_used_by(value: fx.Node, user: fx.Node) -> str | None:
