@@ -87,6 +87,15 @@ class ResidualChanges(Body):
         return y + other
 
 
+class ConvChanges(Body):
+    """The convolution's output is overwritten before the sum."""
+
+    def forward(self, x):
+        y = self.conv(x)
+        z = self.bn(y)
+        return F.relu(z + y.relu_())
+
+
 class Twice(Body):
     def forward(self, x):
         y = self.bn(x)
@@ -169,6 +178,7 @@ ALONE = {
     CalledTwice: ("bn", "swapped alone: 'bn' is called at more than one place"),
     Sums: ("bn", "swapped alone: the sum is also used by add_1"),
     InputChanges: ("bn", "swapped alone: 'add' comes later, and its input may have changed by the"),
+    ConvChanges: ("bn", "swapped alone: 'add' comes later, and its input may have changed by then"),
     ResidualChanges: ("bn", "swapped alone: 'other' is overwritten, and the norm's backward needs"),
     Context: ("Context", "its own forward stays: 'forward' works in a context: with torch.no_grad"),
     Kind: ("Kind", "its own forward stays: 'forward' asks what it was given: extra is not None"),
@@ -353,6 +363,70 @@ def test_a_norm_that_someone_else_may_call():
 
     assert list(left(Unclear())) == ["Unclear"]
     assert taken(Unclear()) == {"body.1": "relu", "parts.0": ""}
+
+
+def test_a_norm_and_an_activation_that_an_unclear_forward_holds_too():
+    class Unclear(nn.Module):
+        def __init__(self, shared):
+            super().__init__()
+            self.body = nn.Sequential(conv(3, 3), nn.BatchNorm2d(3), nn.ReLU())
+            self.also = self.body[shared]
+
+        def forward(self, x):
+            x = self.body(x)
+            return x if x.sum() < -1e9 else self.also(x - 0.5)
+
+    for shared in (1, 2):
+        model = Unclear(shared).eval()
+        fast, _ = evenkeel.accelerate(model)
+        torch.testing.assert_close(fast(images()), model(images()), rtol=1e-4, atol=1e-5)
+
+
+def test_a_norm_whose_output_changes_before_it_is_given():
+    class Inner(Body):
+        def forward(self, x):
+            y = self.bn(self.conv(x))
+            y.add_(1)
+            return y
+
+    model = nn.Sequential(Inner(), nn.ReLU())
+    assert taken(model)["0.bn"] == ""
+    assert left(model) == {}
+
+
+def test_random_numbers_are_drawn_in_their_order():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.residual = nn.Sequential(conv(3, 3), nn.Dropout(), nn.BatchNorm2d(3))
+            self.shortcut = nn.Sequential(conv(3, 3), nn.Dropout())
+
+        def forward(self, x):
+            return F.relu(self.residual(x) + self.shortcut(x))
+
+    model = Net()
+    fast, _ = evenkeel.accelerate(model)
+    results = []
+    for network in (model, fast):
+        torch.manual_seed(0)
+        results.append(network(images()))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_buffers_are_read_at_every_call():
+    class Scaled(Body):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("scale", torch.ones(1))
+
+        def forward(self, x):
+            return F.relu(self.bn(x)) * (self.scale * 2)
+
+    fast, report = evenkeel.accelerate(Scaled().eval())
+    assert dict(report.swapped)["bn"] == "BatchNorm2d with relu"
+    before = fast(images())
+    fast.scale.fill_(3)
+    torch.testing.assert_close(fast(images()), before * 3)
 
 
 class Pair(Body):
