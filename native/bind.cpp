@@ -73,5 +73,4 @@ NB_MODULE(_native, m) {
   m.def("instructions", [] { return std::string(active->name); });
   m.def("pool", [] { return std::string(evenkeel::pool_name()); });
   m.def("set_stream_from", &evenkeel::set_stream_from);
-  m.def("set_cache", &evenkeel::set_cache);
 }

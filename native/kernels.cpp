@@ -22,9 +22,9 @@ Index threads_for(const Problem& p, Index bytes) {
 }
 
 // Phase by phase over an owner cut into segments, or both phases owner by owner.
-template <class T, class Reduce, class Finish, class Map>
-void by_rows(const Problem& p, Index tensors, Reduce reduce_part, Finish finish, Map map_part) {
-  const Index threads = threads_for(p, tensors * sizeof(T)), owners = p.owners();
+template <class Reduce, class Finish, class Map>
+void by_rows(const Problem& p, Index bytes, Reduce reduce_part, Finish finish, Map map_part) {
+  const Index threads = threads_for(p, bytes), owners = p.owners();
   const Segment all{0, p.r1, 0, p.r2};
   if (threads == 1 || balanced(owners, threads)) {
     const Index parts = std::min(owners, threads == 1 ? 1 : threads * 4);
@@ -53,34 +53,16 @@ void by_rows(const Problem& p, Index tensors, Reduce reduce_part, Finish finish,
   }
 }
 
-// Slab by slab where a slab stays in cache and there are enough; else all columns, cut by rows.
-template <class T, class Reduce, class Finish, class Map>
-void by_columns(const Problem& p, Index tensors, Reduce reduce_part, Finish finish, Map map_part) {
-  const Index threads = threads_for(p, tensors * sizeof(T)), line = 64 / sizeof(T);
-  const Index lines = (p.k2 + line - 1) / line;
-  const Index per_line = p.r1 * 64 * tensors;
-  Index width = std::min(lines, cache_for(threads) / std::max<Index>(1, per_line));
-  const bool both = (p.phases & reduce) && (p.phases & map);
+// Rows are dealt to threads, phase by phase. Keeping a slab of columns in cache between the phases
+// was measured and lost: its pieces of rows are too short for the processor to foresee.
+template <class Reduce, class Finish, class Map>
+void by_columns(const Problem& p, Index bytes, Reduce reduce_part, Finish finish, Map map_part) {
+  const Index threads = threads_for(p, bytes), parts = std::min(threads, p.r1);
   for (Index a = 0; a < p.k1; ++a) {
-    Index slabs = width ? (lines + width - 1) / width : 0;
-    if (slabs && slabs < threads) slabs = std::min(threads, lines);
-    if (both && slabs && (threads == 1 || slabs % threads == 0 || slabs >= 3 * threads)) {
-      parallel(slabs, static_cast<int>(threads), [&](Index i) {
-        const Slab s{0, p.r1, lines * i / slabs * line,
-                     std::min(p.k2, lines * (i + 1) / slabs * line)};
-        reduce_part(a, s, 0, 1);
-        finish(a, s, 1);
-        map_part(a, s);
-      });
-      continue;
-    }
-    const Index parts = std::min(threads, p.r1);
-    auto slab = [&](Index i) {
-      return Slab{p.r1 * i / parts, p.r1 * (i + 1) / parts, 0, p.k2};
-    };
+    auto slab = [&](Index i) { return Slab{p.r1 * i / parts, p.r1 * (i + 1) / parts}; };
     if (p.phases & reduce) {
-      parallel(parts, static_cast<int>(threads), [&](Index i) { reduce_part(a, slab(i), i, parts); });
-      finish(a, Slab{0, p.r1, 0, p.k2}, parts);
+      parallel(parts, static_cast<int>(threads), [&](Index i) { reduce_part(a, slab(i), i); });
+      finish(a, parts);
     }
     if (p.phases & map)
       parallel(parts, static_cast<int>(threads), [&](Index i) { map_part(a, slab(i)); });
@@ -95,13 +77,13 @@ bool on_boundaries(const Problem& p, const void* tensor) {
 
 template <class T, Act A, bool R>
 void forward(const Problem& p) {
-  const Index tensors = R ? 3 : 2;
+  const Index bytes = (R ? 3 : 2) * sizeof(T);
   const bool stream = p.owners() * p.count() * Index(sizeof(T)) >= stream_from();
   const Index parts = std::max(1, p.threads);
   if (p.r2 > 1 || p.k2 == 1) {
     std::vector<Moments> partial(p.owners() * parts);
-    by_rows<T>(
-        p, tensors,
+    by_rows(
+        p, bytes,
         [&](Index o, const Segment& s, Index i) { partial[o * parts + i] = Rows<T>(p, o).moments(s); },
         [&](Index o, Index n) {
           Moments all;
@@ -112,13 +94,11 @@ void forward(const Problem& p) {
     return;
   }
   std::vector<Moments> partial(p.k2 * parts);
-  by_columns<T>(
-      p, tensors,
-      [&](Index a, const Slab& s, Index i, Index) {
-        Columns<T>(p, a).moments(s, &partial[i * p.k2 + s.b0]);
-      },
-      [&](Index a, const Slab& s, Index n) {
-        for (Index b = s.b0; b < s.b1; ++b) {
+  by_columns(
+      p, bytes,
+      [&](Index a, const Slab& s, Index i) { Columns<T>(p, a).moments(s, &partial[i * p.k2]); },
+      [&](Index a, Index n) {
+        for (Index b = 0; b < p.k2; ++b) {
           Moments all;
           for (Index i = 0; i < n; ++i) all.add(partial[i * p.k2 + b]);
           set_moments(p, a * p.k2 + b, all);
@@ -132,13 +112,13 @@ void forward(const Problem& p) {
 template <class T, Act A, bool R>
 void backward(const Problem& p) {
   using C = typename Storage<T>::C;
-  const Index tensors = 3 + (R ? 2 : 0);
+  const Index bytes = (R ? 5 : 3) * sizeof(T);
   const bool stream = p.owners() * p.count() * Index(sizeof(T)) >= stream_from();
   const Index parts = std::max(1, p.threads);
   if (p.r2 > 1 || p.k2 == 1) {
     std::vector<double> partial(2 * p.owners() * parts, 0.0);
-    by_rows<T>(
-        p, tensors,
+    by_rows(
+        p, bytes,
         [&](Index o, const Segment& s, Index i) {
           double* pair = &partial[2 * (o * parts + i)];
           Rows<T>(p, o).template sums<A, R>(s, pair[0], pair[1]);
@@ -159,15 +139,13 @@ void backward(const Problem& p) {
     return;
   }
   std::vector<double> one(p.k2 * parts), two(p.k2 * parts);
-  by_columns<T>(
-      p, tensors,
-      [&](Index a, const Slab& s, Index i, Index) {
-        std::fill(&one[i * p.k2 + s.b0], &one[i * p.k2 + s.b0] + (s.b1 - s.b0), 0.0);
-        std::fill(&two[i * p.k2 + s.b0], &two[i * p.k2 + s.b0] + (s.b1 - s.b0), 0.0);
-        Columns<T>(p, a).template sums<A, R>(s, &one[i * p.k2 + s.b0], &two[i * p.k2 + s.b0]);
+  by_columns(
+      p, bytes,
+      [&](Index a, const Slab& s, Index i) {
+        Columns<T>(p, a).template sums<A, R>(s, &one[i * p.k2], &two[i * p.k2]);
       },
-      [&](Index a, const Slab& s, Index n) {
-        for (Index b = s.b0; b < s.b1; ++b) {
+      [&](Index a, Index n) {
+        for (Index b = 0; b < p.k2; ++b) {
           double first = 0, second = 0;
           for (Index i = 0; i < n; ++i) {
             first += one[i * p.k2 + b];

@@ -23,35 +23,27 @@ extern const Kernels kernels;
 
 namespace {
 
-struct Caches {
-  Index second = 1 << 20, third = 16 << 20;
-  Caches() {
-#if defined(__linux__) && defined(_SC_LEVEL2_CACHE_SIZE)
-    if (const long size = sysconf(_SC_LEVEL2_CACHE_SIZE); size > 0) second = size;
-    if (const long size = sysconf(_SC_LEVEL3_CACHE_SIZE); size > 0) third = size;
+Index last_cache() {
+  Index found = 16 << 20;
+#if defined(__linux__) && defined(_SC_LEVEL3_CACHE_SIZE)
+  // Of virtual machines this tells the sum over a host's chiplets; a core reaches one of them.
+  if (const Index size = sysconf(_SC_LEVEL3_CACHE_SIZE); size > 0)
+    found = std::min<Index>(size, 32 << 20);
 #endif
-  }
-};
-
-const Caches& caches() {
-  static const Caches found;
   return found;
 }
 
-Index cache_wish = 0;
 Index stream_wish = -1;
 
 }  // namespace
 
-Index cache_for(Index threads) {
-  if (cache_wish) return cache_wish;
-  // Others use the last cache too, and what is written passes through it.
-  return std::max(caches().second, caches().third / (2 * std::max<Index>(1, threads)));
+// Measured: a store that misses reads the line first, so going past the cache pays long before a
+// tensor fills it.
+Index stream_from() {
+  static const Index measured = last_cache() / 4;
+  return stream_wish >= 0 ? stream_wish : measured;
 }
-
-Index stream_from() { return stream_wish >= 0 ? stream_wish : caches().third; }
 void set_stream_from(Index bytes) { stream_wish = bytes; }
-void set_cache(Index bytes) { cache_wish = bytes; }
 
 const Kernels* kernels_named(const char* name) {
 #if defined(EVENKEEL_X86)

@@ -4,13 +4,9 @@
 
 namespace evenkeel {
 
-// Bytes that one of so many threads may count on between two phases.
-Index cache_for(Index threads);
-
 // Tensors of so many bytes and more are written past the cache.
 Index stream_from();
 void set_stream_from(Index bytes);
-void set_cache(Index bytes);
 
 // The best build that this processor runs, or the named one; null if it cannot run that.
 const Kernels* kernels_named(const char* name);

@@ -48,6 +48,15 @@ struct Rows {
   const T* in(const void* tensor) const { return static_cast<const T*>(tensor) + base; }
   T* out(void* tensor) const { return static_cast<T*>(tensor) + base; }
 
+  // Asks for a run that is read soon: short ones are too far apart for the processor to foresee.
+  INLINE void foresee(const T* q, Index n) const {
+    const Index bytes = n * sizeof(T);
+    if (bytes > 2048) return;
+    const Index runs = std::max<Index>(1, 2048 / bytes);
+    const char* at = reinterpret_cast<const char*>(q + runs * run_stride);
+    for (Index line = 0; line < bytes; line += 64) __builtin_prefetch(at + line);
+  }
+
   // Calls f(first run, runs, offset in the run, length) for parts of about one tile.
   template <class F>
   void tiles(const Segment& s, F f) const {
@@ -80,6 +89,7 @@ struct Rows {
     const double count = static_cast<double>(runs * n);
     const C near = static_cast<C>(total((sum[0] + sum[1]) + (sum[2] + sum[3])) / count);
     V off[4] = {}, square[4] = {};
+    const Index next = runs == 1 ? n : 0;  // while this tile is in cache, memory is idle
     for (Index r = 0; r < runs; ++r) {
       const T* q = x + r * run_stride;
       auto take = [&](V d, int chain) INLINE {
@@ -87,7 +97,11 @@ struct Rows {
         square[chain] += d * d;
       };
       sweep<L>(
-          n, [&](Index at, int chain) INLINE { take(S::load(q + at) - near, chain); },
+          n,
+          [&](Index at, int chain) INLINE {
+            if (next) __builtin_prefetch(q + at + next);
+            take(S::load(q + at) - near, chain);
+          },
           [&](Index at, int k) INLINE {
             take(lanes_below<C>(k) ? S::load(q + at, k) - near : V{}, 3);
           });
@@ -155,6 +169,8 @@ struct Rows {
         const Index start = run * run_stride + j;
         const T *x = in(p.x) + start, *dy = in(p.dy) + start;
         const T* r = R ? in(p.residual) + start : nullptr;
+        foresee(x, n), foresee(dy, n);
+        if constexpr (R) foresee(r, n);
         auto take = [&](V v, V g, V added, int chain) INLINE {
           const V d = v - k.high;
           V z = d * k.scale + k.shift;
@@ -188,6 +204,7 @@ struct Rows {
       const T *x = in(p.x) + start, *dy = in(p.dy) + start;
       const T* r = R && A != Act::none ? in(p.residual) + start : nullptr;
       T *dx = out(p.dx) + start, *dr = R && p.dresidual ? out(p.dresidual) + start : nullptr;
+      foresee(x, s.length()), foresee(dy, s.length());
       auto dz_of = [&](V v, V g, V added) INLINE {
         if constexpr (A == Act::none) return g;
         V z = (v - k.high) * k.scale + k.shift;
@@ -213,7 +230,7 @@ struct Rows {
             const V v = S::load(x + at);
             const V dz = dz_of(v, S::load(dy + at), r ? S::load(r + at) : V{});
             stream ? S::stream(dx + at, dx_of(v, dz)) : S::store(dx + at, dx_of(v, dz));
-            if (R && dr) S::store(dr + at, dz);
+            if (R && dr) stream ? S::stream(dr + at, dz) : S::store(dr + at, dz);
           },
           [&](Index at, int n) INLINE { part(at + head, n); });
     }

@@ -59,17 +59,10 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=[1, 1 << 30], ids=["no cache", "all in cache"])
-def cache(request: pytest.FixtureRequest) -> Iterator[int]:
-    native.set_cache(request.param)
-    yield request.param
-    native.set_cache(0)
-
-
 @pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_however_the_work_is_divided(threads, cache, shape, last) -> None:
-    """Threads over owners, over rows or over parts of rows; slabs of columns or all of them."""
+def test_however_the_work_is_divided(threads, shape, last) -> None:
+    """Threads over owners, over rows or over parts of rows."""
     torch.manual_seed(0)
     x, dy = torch.randn(2, *shape) * 3 + 100
     if last:
