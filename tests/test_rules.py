@@ -116,7 +116,9 @@ def test_import_is_light():
     assert not loaded_by("import evenkeel") & {*HEAVY, "torch", "numpy"}
 
 
-@pytest.mark.parametrize("room", ["functional", "nn", "surgery.accelerate", "surgery.fold", "surgery.introduce"])
+@pytest.mark.parametrize(
+    "room", ["functional", "nn", "surgery.accelerate", "surgery.fold", "surgery.introduce"]
+)
 def test_the_library_loads_no_tools(room):
     loaded = loaded_by(f"import evenkeel.{room}")
     assert "torch" in loaded

@@ -135,6 +135,7 @@ def gradients(
     act: Activation,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `norm_backward` returns, for an x that is dense."""
     verbs = _verbs(backend, view, x)
     dy = _aligned(dy, x, view)
     added = None if residual is None else _aligned(residual, x, view)
@@ -175,6 +176,7 @@ def _norm_backward_fake(
 
 
 def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Saves for the backward what it needs of the inputs and outputs."""
     x, weight, bias, residual, mean, var, *ctx.rest = inputs
     ctx.from_batch = mean is None
     if mean is None:
@@ -188,6 +190,7 @@ def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
 
 
 def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient of each input of `norm_op`, None for what has none."""
     x, weight, bias, residual, mean, var = ctx.saved_tensors
     dx, dweight, dbias, dresidual = torch.ops.evenkeel.norm_backward(
         dy, x, weight, bias, residual, mean, var, ctx.from_batch, *ctx.rest
