@@ -155,8 +155,9 @@ struct Rows {
 
   // How many values lie before the next boundary of a vector.
   static Index to_boundary(const T* y, Index length) {
-    const auto past = reinterpret_cast<std::uintptr_t>(y) % EVENKEEL_BYTES;
-    return past ? std::min<Index>((EVENKEEL_BYTES - past) / sizeof(T), length) : 0;
+    constexpr std::uintptr_t bytes = L * sizeof(T);
+    const auto past = reinterpret_cast<std::uintptr_t>(y) % bytes;
+    return past ? std::min<Index>((bytes - past) / sizeof(T), length) : 0;
   }
 
   template <Act A, bool R>

@@ -88,20 +88,34 @@ def test_however_the_work_is_divided(threads, shape, last) -> None:
     assert torch.equal(again[0], y), "the same threads gave other bits"
 
 
-@pytest.mark.parametrize("offset", [1, 3, 7])
-def test_stores_past_the_cache_from_odd_addresses(offset) -> None:
-    """Streaming stores need whole aligned vectors; the ends of a run have neither."""
+@pytest.fixture
+def streaming() -> Iterator[None]:
     native.set_stream_from(0)
-    try:
-        for last in (False, True):
-            x = torch.randn(2 * 48 * 35 + offset)[offset:].view(2, 48, 7, 5)
-            x = x.permute(0, 1, 2, 3) if not last else x.reshape(2, 7, 5, 48).permute(0, 3, 1, 2)
-            view = view_of(x.shape, x.stride(), (1,))
-            y, *_ = NATIVE.forward_training(x, view, None, None, 1e-5, RELU, None)
-            wanted, *_ = PLAIN.forward_training(x, view, None, None, 1e-5, RELU, None)
-            torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
-    finally:
-        native.set_stream_from(-1)
+    yield
+    native.set_stream_from(-1)
+
+
+@pytest.mark.usefixtures("streaming", "instructions")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("places", [35, 49, 196, 64])
+@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
+def test_stores_past_the_cache(last, places, dtype) -> None:
+    """They need whole aligned vectors; the ends of a run have neither."""
+    torch.manual_seed(0)
+    x, dy, residual = torch.randn(3, 2, 48, places).to(dtype)
+    if last:
+        x, dy, residual = (t.mT.contiguous().mT for t in (x, dy, residual))
+    view = view_of(x.shape, x.stride(), (1,))
+    close = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float64: 1e-12}
+    tolerance = {"rtol": close[dtype], "atol": close[dtype]}
+    y, mean, var = NATIVE.forward_training(x, view, None, None, 1e-5, RELU, residual)
+    wanted, *_ = PLAIN.forward_training(x, view, None, None, 1e-5, RELU, residual)
+    torch.testing.assert_close(y, wanted, **tolerance)
+    affine = Affine(mean, (var + 1e-5).rsqrt())
+    got = NATIVE.backward(dy, x, view, affine, RELU, residual, True)
+    want = PLAIN.backward(dy, x, view, affine, RELU, residual, True)
+    for mine, other in zip(got[:2], want[:2], strict=True):
+        torch.testing.assert_close(mine, other, **tolerance)
 
 
 def test_variance_where_the_mean_is_a_thousand_deviations_away() -> None:
