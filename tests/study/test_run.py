@@ -25,7 +25,7 @@ from .helpers import CPU, tiny_plan
 
 TOML = """
 seeds = 4
-steps = 120
+steps = 300
 points = 4
 [[arm]]
 name = "plain"

@@ -349,3 +349,14 @@ def test_an_accident_leaves_a_graph_module_as_it_was(monkeypatch):
         evenkeel.accelerate(model, inplace=True)
     assert (model.code, state(model)) == (code, before)
     assert model(x).shape == x.shape
+
+
+def test_a_mean_that_is_zero_but_for_rounding_is_no_difference() -> None:
+    """Behind a linear bottleneck: the norm before it has made every mean zero."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 16, 1, bias=False),
+        nn.BatchNorm2d(16), nn.ReLU6(),
+    )  # fmt: skip
+    _, report = evenkeel.accelerate(network, torch.randn(32, 3, 18, 18))
+    assert len(report.swapped) == 2

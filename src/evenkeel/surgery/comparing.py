@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -187,11 +188,17 @@ def _largest(before: Values, after: Values) -> tuple[Difference, Difference]:
     floor = SMALL * max((_size(before[n]) for n in gradients), default=0.0)
     for name, value in before.items():
         is_gradient = name.startswith("gradient")
-        scale = max(_size(value), floor if is_gradient else 0.0)
+        scale = max(_size(value), floor if is_gradient else _deviation(name, before))
         kinds[is_gradient].append(Difference(_apart(value, after[name]), scale, name))
     none = Difference(0.0, 0.0, "nothing")
     first, second = (max(kind, key=lambda d: d.relative, default=none) for kind in kinds)
     return first, second
+
+
+def _deviation(name: str, values: Values) -> float:
+    """What a running mean is measured by where it is zero but for rounding: the deviation."""
+    kin = name.replace("running_mean", "running_var")
+    return 0.0 if kin == name or kin not in values else math.sqrt(_size(values[kin]))
 
 
 def _size(t: Tensor) -> float:
