@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 
 .PHONY: help
 help:
-	@echo "make study   install into .venv and run the default study (3 minutes on 2 cores)"
+	@echo "make study   install into .venv and run the default study (a minute on 2 cores)"
 	@echo "make test    install what the tests need and run them all, lint and types included"
 	@echo "make check   lint and types only"
 	@echo "make clean   remove .venv and caches; runs/ is kept"

@@ -19,7 +19,7 @@ from .kernels.contract import Activation
 from .kernels.reference import activate
 from .pattern import DEFAULT, Bound, NormSpec, parse
 
-__all__ = ["batch_norm", "normalize"]
+__all__ = ["activation_of", "batch_norm", "normalize"]
 
 _SPATIAL = parse("n c ... -> c")
 _SLOPES = {"none": 0.0, "relu": 0.0, "leaky_relu": 0.01, "relu6": 0.0, "silu": 0.0}
@@ -135,7 +135,7 @@ def normalize(
             with a parsed one.
     """
     spec = _parsed(pattern, affine)
-    act = _activation(activation)
+    act = activation_of(activation)
     if not x.is_floating_point():
         raise ShapeError(f"a norm needs a floating tensor but got {x.dtype}; use x.float()")
     if not eps >= 0:
@@ -225,7 +225,12 @@ def _by_torch(
     return None
 
 
-def _activation(activation: str | tuple[str, float] | None) -> Activation:
+def activation_of(activation: str | tuple[str, float] | None) -> Activation:
+    """The activation of a name, or of a name and a slope.
+
+    Raises:
+        ConfigError: it is unknown, or takes no slope.
+    """
     name, slope = activation if isinstance(activation, tuple) else (activation or "none", None)
     if name not in _SLOPES:
         raise ConfigError(f"unknown activation '{name}'; choose one of {', '.join(_SLOPES)}")

@@ -160,6 +160,13 @@ class TestNextStep:
             "--model nets.mine:small"
         )
 
+    def test_the_command_keeps_the_size_of_pictures(self):
+        plan = plan_of(NONE, BEFORE, data=Data("folder", "/pictures", image_size=24))
+        assert first(plan, []).next_step == (
+            "Run: evenkeel study --preset placement --data folder --data-dir /pictures "
+            "--image-size 24"
+        )
+
     def test_at_least_one_seed_more_than_there_are(self):
         needed = int(first(PLAN, self.UNCLEAR).next_step.split()[1])
         plan = replace(PLAN, seeds=needed + 5)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import SurgeryError
-from ..kernels.contract import Activation
+from ..functional import activation_of
 from ..kernels.reference import activate
 from ..pattern import parse
 from .norm import forward_with_memory
@@ -39,7 +39,7 @@ class _Named:
             )
         # A sum that broadcasts or promotes is torch's business: it means what it meant before.
         y = forward_with_memory(self, input, _SPATIAL) + residual
-        return y if self.activation is None else _activated(y, self.activation)
+        return activate(y, activation_of(self.activation))
 
     @property
     def qconfig(self: Any) -> Any:
@@ -103,8 +103,3 @@ def _alike(x: Tensor, residual: Tensor) -> bool:
         and residual.dtype == x.dtype
         and residual.device == x.device
     )
-
-
-def _activated(y: Tensor, activation: str | tuple[str, float]) -> Tensor:
-    named = activation if isinstance(activation, tuple) else (activation, 0.01)
-    return activate(y, Activation(*named))

@@ -159,6 +159,8 @@ def _command(plan: Plan, name: str) -> str:
         words += ["--data", plan.data.name]
     if plan.data.folder is not None:
         words += ["--data-dir", plan.data.folder]
+    if plan.data.image_size is not None:
+        words += ["--image-size", str(plan.data.image_size)]
     if ":" in plan.baseline_arm.model:
         words += ["--model", plan.baseline_arm.model]
     return shlex.join(words)
