@@ -62,9 +62,42 @@ inline V before_activation(V dy, V z, C slope) {
   return dy;
 }
 
+// Whether the gradient passes the activation unchanged; where not, it is zero or the slope's part.
+template <Act A, class C, class V>
+inline unsigned passing(V z) {
+  const V zero{};
+  if constexpr (A == Act::leaky) return bits_of<C>(z > zero);
+  if constexpr (A == Act::relu6) return bits_of<C>(~((z <= zero) | (z >= zero + C(6))));
+  return bits_of<C>(~(z <= zero));
+}
+
+// `before_activation` from those bits.
+template <Act A, class C, class V>
+inline V before_activation_by(unsigned passes, V dy, C slope) {
+  return pick<C>(passes, dy, A == Act::leaky ? dy * slope : V{});
+}
+
+// Where the value that decides about a gradient comes from: x alone, x and a residual, or the bits
+// that forward kept.
+enum class Source { x, sum, mask };
+
+// Activations whose gradient one bit decides.
+constexpr bool has_mask(Act a) { return a == Act::relu || a == Act::leaky || a == Act::relu6; }
+
 // How many values, their mean and their sum of squared deviations.
 struct Moments {
   double n = 0, mean = 0, m2 = 0;
+
+  // Merges values of which the sums of x - pivot and (x - pivot)^2 are known. With this mean for a
+  // pivot nothing cancels: with at least as many values here as there, the difference of the two
+  // large terms is at least half of either. So a tile needs no pass of its own for its mean.
+  void add_about(double count, double pivot, double off, double squares) {
+    const double theirs = pivot + off / count, all = n + count, delta = theirs - mean;
+    const double grown = m2 + (squares - off * off / count + delta * delta * (n * count / all));
+    mean += delta * (count / all);
+    m2 = grown < 0 ? 0 : grown;
+    n = all;
+  }
 
   // Chan, Golub and LeVeque 1979.
   void add(const Moments& other) {

@@ -1,5 +1,5 @@
-// The schedule for memory whose fastest run is kept (NHWC, dense layers, per activation): r1 rows of
-// k2 owners side by side.
+// The schedule for memory whose fastest run is kept (NHWC, dense layers, per activation): rows of
+// owners side by side.
 #pragma once
 #include <vector>
 
@@ -8,11 +8,14 @@
 namespace evenkeel {
 namespace EVENKEEL_ISA {
 
-// The rows i0 .. i1.
+// The rows i0 .. i1, of each the columns b0 .. b1.
 struct Slab {
-  Index i0, i1;
+  Index i0, i1, b0, b1;
+  Index width() const { return b1 - b0; }
 };
 
+// Rows of one of the k1. Where an owner count is no multiple of a vector, several rows are taken as
+// one wide row that is, so that no vector is cut and none crosses a line of the cache.
 template <class T>
 struct Columns {
   using S = Storage<T>;
@@ -20,87 +23,150 @@ struct Columns {
   using V = typename S::V;
   using D = typename Vec<C>::wide;
   static constexpr int L = S::L;
-  static constexpr int rows = 64;                             // of a tile
-  static constexpr int group = EVENKEEL_BYTES == 64 ? 4 : 2;  // vectors side by side, in registers
+  static constexpr int rows = 64;  // of a tile, within which sums are in the precision of the loops
 
   const Problem& p;
-  Index outer;  // which of the k1
+  Index outer;         // which of the k1
+  Index count, width;  // rows, and how long they are: a multiple of k2
+  Index base;          // where the first begins
 
-  Columns(const Problem& problem, Index a) : p(problem), outer(a) {}
+  Columns(const Problem& problem, Index a, Index first, Index together)
+      : p(problem), outer(a), count((problem.r1 - first) / together), width(problem.k2 * together) {
+    base = (outer * p.r1 + first) * p.k2;
+  }
 
+  // How many rows to take as one.
+  static Index together(const Problem& p) {
+    Index n = 1;
+    while (n * p.k2 % L != 0) n *= 2;
+    return n > 1 && p.r1 >= n * rows && n * p.k2 <= 4096 ? n : 1;
+  }
+
+  static Index padded(Index n) { return (n + L - 1) / L * L; }
+  Index place(Index row) const { return base + row * width; }
   const T* in(const void* tensor, Index row) const {
-    return static_cast<const T*>(tensor) + (outer * p.r1 + row) * p.k2;
+    return static_cast<const T*>(tensor) + place(row);
   }
-  T* out(void* tensor, Index row) const {
-    return static_cast<T*>(tensor) + (outer * p.r1 + row) * p.k2;
+  T* out(void* tensor, Index row) const { return static_cast<T*>(tensor) + place(row); }
+
+  // The mask has whole bytes for each vector of a row.
+  static constexpr Index bytes = L < 8 ? 1 : L / 8;
+  static Index mask_stride(Index width) { return (width + L - 1) / L * bytes; }
+  static Index mask_size(const Problem& p) { return p.k1 * p.r1 * mask_stride(p.k2); }
+  // One vector of a wide row never takes more than those of its parts would, so each keeps the
+  // place of its first part.
+  std::uint8_t* mask(Index row) const {
+    return p.mask + place(row) / p.k2 * mask_stride(p.k2);
+  }
+  static unsigned read_bits(const std::uint8_t* q) {
+    return bytes == 2 ? q[0] | unsigned{q[1]} << 8 : q[0];
+  }
+  static void write_bits(std::uint8_t* q, unsigned bits) {
+    q[0] = static_cast<std::uint8_t>(bits);
+    if constexpr (bytes == 2) q[1] = static_cast<std::uint8_t>(bits >> 8);
   }
 
-  // Calls f(first row, rows, column, vectors side by side, lanes of a vector).
-  template <class F>
-  void tiles(const Slab& s, F f) const {
+  // Calls f(column, lanes) for the vectors of a row; lanes is void where there are all.
+  template <class Full, class Each>
+  INLINE static void across(const Slab& s, Full full, Each part) {
+    Index b = s.b0;
+    for (; b + L <= s.b1; b += L) full(b);
+    if (b < s.b1) part(b, Part::first(s.b1 - b));
+  }
+
+  // Calls f(row, how many): a few rows at a time, so that what is kept for a column is loaded once
+  // for all of them while memory is still read in the order of its addresses.
+  template <int Many, class F>
+  INLINE static void few(Index i, Index end, F f) {
+    for (; i + Many <= end; i += Many) f(i, std::integral_constant<int, Many>{});
+    for (; i < end; ++i) f(i, std::integral_constant<int, 1>{});
+  }
+
+  // Sums of a tile for each column of a slab, and their totals.
+  struct Sums {
+    std::vector<C> first, second;
+    std::vector<double> firsts, seconds;
+
+    explicit Sums(Index n) : first(n), second(n), firsts(n), seconds(n) {}
+    void clear() {
+      std::fill(first.begin(), first.end(), C{});
+      std::fill(second.begin(), second.end(), C{});
+    }
+  };
+
+  // Adds to the moments of the owners b0 .. b1, `all` being those of the first of the k2.
+  void moments(const Slab& s, Moments* all) const {
+    if (s.i0 == s.i1) return;
+    const Index n = padded(s.width());
+    std::vector<C> pivot(n);
+    Sums sums(n);  // here the totals are mean and m2
     for (Index i = s.i0; i < s.i1; i += rows) {
-      const Index n = std::min<Index>(rows, s.i1 - i);
-      Index b = 0;
-      for (; b + group * L <= p.k2; b += group * L) f(i, n, b, std::integral_constant<int, group>{}, L);
-      for (; b + L <= p.k2; b += L) f(i, n, b, std::integral_constant<int, 1>{}, L);
-      if (b < p.k2) f(i, n, b, std::integral_constant<int, 1>{}, static_cast<int>(p.k2 - b));
+      const Index end = std::min<Index>(i + rows, s.i1);
+      if (i == s.i0) start_pivots(s, std::min(s.i0 + rows / 8, end), pivot.data());
+      sums.clear();
+      few<8>(i, end, [&](Index r, auto many) INLINE { deviations<many>(s, r, pivot.data(), sums); });
+      merge(n, static_cast<double>(i - s.i0), static_cast<double>(end - i), sums, pivot.data());
+    }
+    for (Index b = s.b0; b < s.b1; ++b) {
+      Moments m{static_cast<double>(s.i1 - s.i0), sums.firsts[b - s.b0], sums.seconds[b - s.b0]};
+      if (!std::isfinite(m.mean) || !std::isfinite(m.m2)) m = of_scalars(s, b);
+      all[b % p.k2].add(m);
     }
   }
 
-  // Calls f(row) for each: tiles from the last to the first, for the last ones are in cache, and
-  // within a tile in the order of memory.
-  template <class F>
-  INLINE void each_row(const Slab& s, F f) const {
-    for (Index end = s.i1; end > s.i0; end -= std::min<Index>(rows, end - s.i0))
-      for (Index i = std::max<Index>(s.i0, end - rows); i < end; ++i) f(i);
+  // The means of an eighth of a tile. What lies around them loses at most three bits more than what
+  // lies around its own mean.
+  void start_pivots(const Slab& s, Index end, C* pivot) const {
+    few<8>(s.i0, end, [&](Index r, auto many) INLINE {
+      const T* q = in(p.x, r);
+      auto add = [&](Index b, auto load) INLINE {
+        V sum = whole<V>(pivot + b - s.b0);
+        for (int m = 0; m < many; ++m) sum += load(q + m * width + b);
+        std::memcpy(pivot + b - s.b0, &sum, sizeof sum);
+      };
+      across(
+          s, [&](Index b) INLINE { add(b, [](const T* a) INLINE { return S::load(a); }); },
+          [&](Index b, Part k) INLINE { add(b, [k](const T* a) INLINE { return S::load(a, k); }); });
+    });
+    for (Index b = 0; b < s.width(); ++b) pivot[b] /= static_cast<C>(end - s.i0);
   }
 
-  static V load(const T* q, int lanes) { return lanes == L ? S::load(q) : S::load(q, lanes); }
-  // Moments of each column into `all`.
-  void moments(const Slab& s, Moments* all) const {
-    const Index padded = (p.k2 + L - 1) / L * L;
-    std::vector<double> mean(padded, 0.0), m2(padded, 0.0);
-    tiles(s, [&](Index i, Index n, Index b, auto g, int lanes) {
-      constexpr int G = decltype(g)::value;
-      // Even and odd rows apart: shorter chains of additions, and two at a time.
-      V near[G], even[G] = {}, odd[G] = {};
-      auto sum = [&](const T* q, V* into) INLINE {
-        for (int v = 0; v < G; ++v) into[v] += load(q + v * L, lanes);
-      };
-      const T* q = in(p.x, i) + b;
-      Index r = 0;
-      for (; r + 2 <= n; r += 2) sum(q + r * p.k2, even), sum(q + (r + 1) * p.k2, odd);
-      if (r < n) sum(q + r * p.k2, even);
-      for (int v = 0; v < G; ++v) near[v] = (even[v] + odd[v]) / static_cast<C>(n);
-      V off[G] = {}, even_square[G] = {}, odd_square[G] = {};
-      auto deviations = [&](const T* at, V* square) INLINE {
-        for (int v = 0; v < G; ++v) {
-          const V d = load(at + v * L, lanes) - near[v];
-          off[v] += d;
-          square[v] += d * d;
-        }
-      };
-      for (r = 0; r + 2 <= n; r += 2)
-        deviations(q + r * p.k2, even_square), deviations(q + (r + 1) * p.k2, odd_square);
-      if (r < n) deviations(q + r * p.k2, even_square);
-      const double before = static_cast<double>(i - s.i0), now = static_cast<double>(n);
-      const double share = now / (before + now);
-      for (int v = 0; v < G; ++v) {
-        double *pm = mean.data() + b + v * L, *p2 = m2.data() + b + v * L;
-        const D e = __builtin_convertvector(off[v], D);
-        const D raw = __builtin_convertvector(even_square[v] + odd_square[v], D);
-        const D squares = raw - e * e / now;
-        const D mine = __builtin_convertvector(near[v], D) + e / now;
-        const D old = whole<D>(pm), delta = mine - old, sums = whole<D>(p2);
-        const D merged = old + delta * share;
-        const D grown = sums + (squares < D{} ? D{} : squares) + delta * delta * (before * share);
-        std::memcpy(pm, &merged, sizeof merged);
-        std::memcpy(p2, &grown, sizeof grown);
+  template <int Many>
+  INLINE void deviations(const Slab& s, Index r, const C* pivots, Sums& sums) const {
+    const T* q = in(p.x, r);
+    C *first = sums.first.data(), *second = sums.second.data();
+    const Index stride = width, b0 = s.b0;
+    auto add = [=](Index b, auto load) INLINE {
+      const V pivot = whole<V>(pivots + b - b0);
+      V off = whole<V>(first + b - b0), square = whole<V>(second + b - b0);
+      for (int m = 0; m < Many; ++m) {
+        const V d = load(q + m * stride + b) - pivot;
+        off += d;
+        square += d * d;
       }
-    });
-    for (Index b = 0; b < p.k2; ++b) {
-      all[b] = {static_cast<double>(s.i1 - s.i0), mean[b], m2[b]};
-      if (!std::isfinite(mean[b]) || !std::isfinite(m2[b])) all[b] = of_scalars(s, b);
+      std::memcpy(first + b - b0, &off, sizeof off);
+      std::memcpy(second + b - b0, &square, sizeof square);
+    };
+    across(
+        s, [=](Index b) INLINE { add(b, [](const T* a) INLINE { return S::load(a); }); },
+        [=](Index b, Part k) INLINE { add(b, [k](const T* a) INLINE { return S::load(a, k); }); });
+  }
+
+  // `Moments::add_about` for vectors of columns; the new means are the next pivots.
+  static void merge(Index columns, double before, double now, Sums& sums, C* pivots) {
+    const double share = now / (before + now);
+    for (Index b = 0; b < columns; b += L) {
+      double *mean = &sums.firsts[b], *m2 = &sums.seconds[b];
+      const D off = __builtin_convertvector(whole<V>(&sums.first[b]), D);
+      const D squares = __builtin_convertvector(whole<V>(&sums.second[b]), D);
+      const D pivot = __builtin_convertvector(whole<V>(pivots + b), D);
+      const D old = whole<D>(mean), delta = pivot + off / now - old;
+      const D sum = whole<D>(m2) + (squares - off * off / now + delta * delta * (before * share));
+      const D merged = old + delta * share, grown = sum < D{} ? D{} : sum;
+      const V next = __builtin_convertvector(merged, V);
+      std::memcpy(mean, &merged, sizeof merged);
+      std::memcpy(m2, &grown, sizeof grown);
+      std::memcpy(pivots + b, &next, sizeof next);
     }
   }
 
@@ -116,123 +182,170 @@ struct Columns {
     return m;
   }
 
-  // The constants of the columns, each field side by side for vector loads.
+  // The constants of a slab's columns, each field side by side for vector loads.
   struct Table {
-    std::vector<C> high, scale, shift, a, b, c;
+    std::vector<C> memory;
+    const C *high, *scale, *shift, *a, *b, *c;
 
-    Table(const Columns& of, bool with_gradient) {
-      const Index padded = (of.p.k2 + L - 1) / L * L;
-      for (auto* field : {&high, &scale, &shift}) field->resize(padded);
-      if (with_gradient)
-        for (auto* field : {&a, &b, &c}) field->resize(padded);
-      for (Index i = 0; i < of.p.k2; ++i) {
-        const auto k = Constants<C>::of(of.p, of.outer * of.p.k2 + i, with_gradient);
-        high[i] = k.high, scale[i] = k.scale, shift[i] = k.shift;
-        if (with_gradient) a[i] = k.a, b[i] = k.b, c[i] = k.c;
+    Table(const Columns& of, const Slab& s, bool with_gradient)
+        : memory(padded(s.width()) * (with_gradient ? 6 : 3)) {
+      const Index n = padded(s.width());
+      C* field[6];
+      for (int f = 0; f < 6; ++f) field[f] = memory.data() + (f < 3 || with_gradient ? f * n : 0);
+      Index column = s.b0 % of.p.k2;
+      for (Index i = 0; i < s.width(); ++i, column = column + 1 == of.p.k2 ? 0 : column + 1) {
+        const auto k = Constants<C>::of(of.p, of.outer * of.p.k2 + column, with_gradient);
+        field[0][i] = k.high, field[1][i] = k.scale, field[2][i] = k.shift;
+        if (with_gradient) field[3][i] = k.a, field[4][i] = k.b, field[5][i] = k.c;
       }
+      high = field[0], scale = field[1], shift = field[2];
+      a = field[3], b = field[4], c = field[5];
     }
   };
 
+  // Calls f(row, how many) for all rows: tiles from the last to the first, for the last ones are
+  // in cache, and within a tile in the order of memory.
+  template <class F>
+  INLINE void backwards(const Slab& s, F f) const {
+    for (Index end = s.i1; end > s.i0; end -= std::min<Index>(rows, end - s.i0))
+      few<4>(std::max<Index>(s.i0, end - rows), end, f);
+  }
+
   template <Act A, bool R>
   void apply(const Slab& s, bool stream) const {
-    const Table table(*this, false);
+    const Table table(*this, s, false);
     const C slope = static_cast<C>(p.slope);
-    const C *high = table.high.data(), *scale = table.scale.data(), *shift = table.shift.data();
-    const Index k2 = p.k2;
-    each_row(s, [=, this](Index i) INLINE {
+    const bool keeps = R && has_mask(A) && p.mask;
+    const Index stride = width, b0 = s.b0;
+    backwards(s, [&, this](Index i, auto many) INLINE {
       const T *x = in(p.x, i), *r = R ? in(p.residual, i) : nullptr;
       T* y = out(p.y, i);
-      auto value = [=](Index b, V v, V added) INLINE {
-        V z = (v - whole<V>(high + b)) * whole<V>(scale + b) + whole<V>(shift + b);
-        if constexpr (R) z += added;
-        return activate<A>(z, slope);
-      };
-      Index b = 0;
-      for (; b + L <= k2; b += L) {
-        const V z = value(b, S::load(x + b), R ? S::load(r + b) : V{});
-        stream ? S::stream(y + b, z) : S::store(y + b, z);
-      }
-      if (b < k2) {
-        const int n = static_cast<int>(k2 - b);
-        S::store(y + b, value(b, S::load(x + b, n), R ? S::load(r + b, n) : V{}), n);
-      }
-    });
-  }
-
-  // sum(dz) and sum(dz * (x - high)) of each column.
-  template <Act A, bool R>
-  void sums(const Slab& s, double* dz_sum, double* dz_x_sum) const {
-    const Table table(*this, false);
-    const Index padded = (p.k2 + L - 1) / L * L;
-    std::vector<double> first(padded, 0.0), second(padded, 0.0);
-    const C slope = static_cast<C>(p.slope);
-    tiles(s, [&](Index i, Index n, Index b, auto g, int lanes) {
-      constexpr int G = decltype(g)::value;
-      V high[G], scale[G], shift[G], one[G] = {}, two[G] = {};
-      for (int v = 0; v < G; ++v) {
-        const Index at = b + v * L;
-        high[v] = whole<V>(&table.high[at]);
-        scale[v] = whole<V>(&table.scale[at]);
-        shift[v] = whole<V>(&table.shift[at]);
-      }
-      for (Index r = i; r < i + n; ++r)
-        for (int v = 0; v < G; ++v) {
-          const Index at = b + v * L;
-          const V d = load(in(p.x, r) + at, lanes) - high[v];
-          V z = d * scale[v] + shift[v];
-          if constexpr (R && A != Act::none) z += load(in(p.residual, r) + at, lanes);
-          const V dz = before_activation<A>(load(in(p.dy, r) + at, lanes), z, slope);
-          one[v] += dz;
-          two[v] += dz * d;
+      std::uint8_t* bits[many];
+      for (int m = 0; m < many; ++m) bits[m] = keeps ? mask(i + m) : nullptr;
+      auto values = [&](Index b, auto load, auto store) INLINE {
+        const V high = whole<V>(table.high + b - b0), scale = whole<V>(table.scale + b - b0);
+        const V shift = whole<V>(table.shift + b - b0);
+        for (int m = 0; m < many; ++m) {
+          const Index at = m * stride + b;
+          V z = (load(x + at) - high) * scale + shift;
+          if constexpr (R) z += load(r + at);
+          if (R && has_mask(A) && keeps) write_bits(bits[m] + b / L * bytes, passing<A, C>(z));
+          store(y + at, activate<A>(z, slope));
         }
-      for (int v = 0; v < G; ++v) {
-        double *f = first.data() + b + v * L, *t = second.data() + b + v * L;
-        const D sum = whole<D>(f) + __builtin_convertvector(one[v], D);
-        const D product = whole<D>(t) + __builtin_convertvector(two[v], D);
-        std::memcpy(f, &sum, sizeof sum);
-        std::memcpy(t, &product, sizeof product);
-      }
+      };
+      across(
+          s,
+          [&](Index b) INLINE {
+            values(b, [](const T* q) INLINE { return S::load(q); },
+                   [&](T* q, V v) INLINE { stream ? S::stream(q, v) : S::store(q, v); });
+          },
+          [&](Index b, Part k) INLINE {
+            values(b, [k](const T* q) INLINE { return S::load(q, k); },
+                   [k](T* q, V v) INLINE { S::store(q, v, k); });
+          });
     });
-    std::copy_n(first.data(), p.k2, dz_sum);
-    std::copy_n(second.data(), p.k2, dz_x_sum);
+    if (stream) settle();
   }
 
-  template <Act A, bool R, bool B>
-  void gradients(const Slab& s, bool stream) const {
-    const Table table(*this, true);
+  template <Act A, Source R>
+  INLINE static V dz_of(V d, V scale, V shift, V g, V added, const std::uint8_t* bits, Index vector,
+                        C slope) {
+    if constexpr (A == Act::none) return g;
+    if constexpr (R == Source::mask && has_mask(A))
+      return before_activation_by<A, C>(read_bits(bits + vector * bytes), g, slope);
+    V z = d * scale + shift;
+    if constexpr (R == Source::sum) z += added;
+    return before_activation<A>(g, z, slope);
+  }
+
+  // Adds sum(dz) and sum(dz * (x - high)) of each column to those of the owners.
+  template <Act A, Source R>
+  void sums(const Slab& s, double* dz_sum, double* dz_x_sum) const {
+    const Table table(*this, s, false);
+    Sums sums(padded(s.width()));
     const C slope = static_cast<C>(p.slope);
-    const C *high = table.high.data(), *scale = table.scale.data(), *shift = table.shift.data();
-    const C *ka = table.a.data(), *kb = table.b.data(), *kc = table.c.data();
-    const Index k2 = p.k2;
-    each_row(s, [=, this](Index i) INLINE {
-      const T *x = in(p.x, i), *dy = in(p.dy, i), *r = R ? in(p.residual, i) : nullptr;
-      T *dx = out(p.dx, i), *dr = R && p.dresidual ? out(p.dresidual, i) : nullptr;
-      auto dz_of = [=](Index b, V d, V g, V added) INLINE {
-        if constexpr (A == Act::none) return g;
-        V z = d * whole<V>(scale + b) + whole<V>(shift + b);
-        if constexpr (R) z += added;
-        return before_activation<A>(g, z, slope);
-      };
-      auto dx_of = [=](Index b, V d, V dz) INLINE {
-        if constexpr (B) return whole<V>(ka + b) * dz + (whole<V>(kb + b) * d + whole<V>(kc + b));
-        return whole<V>(ka + b) * dz;
-      };
-      Index b = 0;
-      for (; b + L <= k2; b += L) {
-        const V d = S::load(x + b) - whole<V>(high + b);
-        const V dz = dz_of(b, d, S::load(dy + b), R ? S::load(r + b) : V{});
-        const V gradient = dx_of(b, d, dz);
-        stream ? S::stream(dx + b, gradient) : S::store(dx + b, gradient);
-        if (R && dr) stream ? S::stream(dr + b, dz) : S::store(dr + b, dz);
+    constexpr bool adds = R == Source::sum && A != Act::none;
+    const Index stride = width, b0 = s.b0;
+    C *first = sums.first.data(), *second = sums.second.data();
+    for (Index i = s.i0; i < s.i1; i += rows) {
+      sums.clear();
+      few<4>(i, std::min<Index>(i + rows, s.i1), [&, this](Index row, auto many) INLINE {
+        const T *x = in(p.x, row), *dy = in(p.dy, row), *r = adds ? in(p.residual, row) : nullptr;
+        const std::uint8_t* bits[many];
+        for (int m = 0; m < many; ++m) bits[m] = R == Source::mask ? mask(row + m) : nullptr;
+        auto add = [&](Index b, auto load) INLINE {
+          const V high = whole<V>(table.high + b - b0), scale = whole<V>(table.scale + b - b0);
+          const V shift = whole<V>(table.shift + b - b0);
+          V one = whole<V>(first + b - b0), two = whole<V>(second + b - b0);
+          for (int m = 0; m < many; ++m) {
+            const Index at = m * stride + b;
+            const V d = load(x + at) - high;
+            const V dz = dz_of<A, R>(d, scale, shift, load(dy + at), adds ? load(r + at) : V{},
+                                     bits[m], b / L, slope);
+            one += dz;
+            two += dz * d;
+          }
+          std::memcpy(first + b - b0, &one, sizeof one);
+          std::memcpy(second + b - b0, &two, sizeof two);
+        };
+        across(
+            s, [&](Index b) INLINE { add(b, [](const T* q) INLINE { return S::load(q); }); },
+            [&](Index b, Part k) INLINE {
+              add(b, [k](const T* q) INLINE { return S::load(q, k); });
+            });
+      });
+      for (Index b = 0; b < s.width(); ++b) {
+        sums.firsts[b] += static_cast<double>(first[b]);
+        sums.seconds[b] += static_cast<double>(second[b]);
       }
-      if (b < k2) {
-        const int n = static_cast<int>(k2 - b);
-        const V d = S::load(x + b, n) - whole<V>(high + b);
-        const V dz = dz_of(b, d, S::load(dy + b, n), R ? S::load(r + b, n) : V{});
-        S::store(dx + b, dx_of(b, d, dz), n);
-        if (R && dr) S::store(dr + b, dz, n);
-      }
+    }
+    for (Index b = s.b0; b < s.b1; ++b) {
+      dz_sum[b % p.k2] += sums.firsts[b - b0];
+      dz_x_sum[b % p.k2] += sums.seconds[b - b0];
+    }
+  }
+
+  template <Act A, Source R, bool B>
+  void gradients(const Slab& s, bool stream) const {
+    const Table table(*this, s, true);
+    const C slope = static_cast<C>(p.slope);
+    constexpr bool adds = R == Source::sum && A != Act::none;
+    const bool writes_dr = R != Source::x && p.dresidual;
+    const Index stride = width, b0 = s.b0;
+    backwards(s, [&, this](Index i, auto many) INLINE {
+      const T *x = in(p.x, i), *dy = in(p.dy, i), *r = adds ? in(p.residual, i) : nullptr;
+      T *dx = out(p.dx, i), *dr = writes_dr ? out(p.dresidual, i) : nullptr;
+      const std::uint8_t* bits[many];
+      for (int m = 0; m < many; ++m) bits[m] = R == Source::mask ? mask(i + m) : nullptr;
+      auto values = [&](Index b, auto load, auto store) INLINE {
+        const V high = whole<V>(table.high + b - b0), scale = whole<V>(table.scale + b - b0);
+        const V shift = whole<V>(table.shift + b - b0), ka = whole<V>(table.a + b - b0);
+        const V kb = whole<V>(table.b + b - b0), kc = whole<V>(table.c + b - b0);
+        for (int m = 0; m < many; ++m) {
+          const Index at = m * stride + b;
+          const V d = load(x + at) - high;
+          const V dz = dz_of<A, R>(d, scale, shift, load(dy + at), adds ? load(r + at) : V{},
+                                   bits[m], b / L, slope);
+          if constexpr (B) {
+            store(dx + at, ka * dz + (kb * d + kc));
+          } else {
+            store(dx + at, ka * dz);
+          }
+          if (R != Source::x && writes_dr) store(dr + at, dz);
+        }
+      };
+      across(
+          s,
+          [&](Index b) INLINE {
+            values(b, [](const T* q) INLINE { return S::load(q); },
+                   [&](T* q, V v) INLINE { stream ? S::stream(q, v) : S::store(q, v); });
+          },
+          [&](Index b, Part k) INLINE {
+            values(b, [k](const T* q) INLINE { return S::load(q, k); },
+                   [k](T* q, V v) INLINE { S::store(q, v, k); });
+          });
     });
+    if (stream) settle();
   }
 };
 

@@ -1,6 +1,7 @@
 // Forward and backward for one instruction set: how the work is divided, so that what the first
 // phase of an owner has read is still in cache for the second.
 #include <type_traits>
+#include <utility>
 
 #include "columns.hpp"
 #include "machine.hpp"
@@ -41,6 +42,7 @@ void by_rows(const Problem& p, Index bytes, Reduce reduce_part, Finish finish, M
   }
   auto segment = [&](Index s) {
     if (p.r1 >= threads) return Segment{p.r1 * s / threads, p.r1 * (s + 1) / threads, 0, p.r2};
+    if (p.mask) return s < p.r1 ? Segment{s, s + 1, 0, p.r2} : Segment{};  // no byte is shared
     return Segment{0, p.r1, p.r2 * s / threads, p.r2 * (s + 1) / threads};
   };
   for (Index o = 0; o < owners; ++o) {
@@ -53,32 +55,70 @@ void by_rows(const Problem& p, Index bytes, Reduce reduce_part, Finish finish, M
   }
 }
 
+constexpr Index widest = 4096;  // columns at a time, so that what is kept for each stays in L1
+
+// Calls f(columns, slab) for part i of the rows of one of the k1.
+template <class T, class F>
+void each_slab(const Problem& p, Index a, Index i, Index parts, F f) {
+  const Index together = Columns<T>::together(p);
+  auto rows = [&](const Columns<T>& of, Index i0, Index i1) {
+    for (Index b = 0; b < of.width; b += widest)
+      f(of, Slab{i0, i1, b, std::min(b + widest, of.width)});
+  };
+  const Columns<T> most(p, a, 0, together), rest(p, a, p.r1 / together * together, 1);
+  rows(most, most.count * i / parts, most.count * (i + 1) / parts);
+  if (i == parts - 1 && rest.count) rows(rest, 0, rest.count);
+}
+
 // Rows are dealt to threads, phase by phase. Keeping a slab of columns in cache between the phases
-// was measured and lost: its pieces of rows are too short for the processor to foresee.
-template <class Reduce, class Finish, class Map>
+// was measured and lost, its pieces of rows being too short for the processor to foresee; but
+// where the rows are few and long (dense layers, per activation) the pieces are long too.
+template <class T, class Reduce, class Finish, class Map>
 void by_columns(const Problem& p, Index bytes, Reduce reduce_part, Finish finish, Map map_part) {
-  const Index threads = threads_for(p, bytes), parts = std::min(threads, p.r1);
+  constexpr Index wide = 1024;
+  const Index threads = threads_for(p, bytes);
+  const bool at_once = p.k2 >= wide && p.r1 * wide * bytes <= (512 << 10);
   for (Index a = 0; a < p.k1; ++a) {
-    auto slab = [&](Index i) { return Slab{p.r1 * i / parts, p.r1 * (i + 1) / parts}; };
+    if (at_once) {
+      const Columns<T> columns(p, a, 0, 1);
+      parallel((p.k2 + wide - 1) / wide, static_cast<int>(threads), [&](Index i) {
+        const Slab s{0, p.r1, i * wide, std::min((i + 1) * wide, p.k2)};
+        if (p.phases & reduce) {
+          reduce_part(columns, s, 0);
+          finish(a, s.b0, s.b1, 1);
+        }
+        if (p.phases & map) map_part(columns, s);
+      });
+      continue;
+    }
+    const Index parts = std::min(threads, p.r1);
     if (p.phases & reduce) {
-      parallel(parts, static_cast<int>(threads), [&](Index i) { reduce_part(a, slab(i), i); });
-      finish(a, parts);
+      parallel(parts, static_cast<int>(threads), [&](Index i) {
+        each_slab<T>(p, a, i, parts,
+                     [&](const Columns<T>& c, const Slab& s) { reduce_part(c, s, i); });
+      });
+      finish(a, 0, p.k2, parts);
     }
     if (p.phases & map)
-      parallel(parts, static_cast<int>(threads), [&](Index i) { map_part(a, slab(i)); });
+      parallel(parts, static_cast<int>(threads), [&](Index i) { each_slab<T>(p, a, i, parts, map_part); });
   }
 }
 
-// Whether every row of a tensor begins on a boundary of a vector.
+// Whether a tensor begins on a boundary of a vector; a null one does.
 template <class T>
-bool on_boundaries(const Problem& p, const void* tensor) {
-  return p.k2 * sizeof(T) % 64 == 0 && reinterpret_cast<std::uintptr_t>(tensor) % 64 == 0;
+bool on_boundary(const void* tensor) {
+  return reinterpret_cast<std::uintptr_t>(tensor) % (Storage<T>::L * sizeof(T)) == 0;
+}
+template <class T>
+bool on_boundary(const Columns<T>& columns) {
+  return columns.width % Storage<T>::L == 0 && columns.base % Storage<T>::L == 0;
 }
 
 template <class T, Act A, bool R>
 void forward(const Problem& p) {
   const Index bytes = (R ? 3 : 2) * sizeof(T);
-  const bool stream = p.owners() * p.count() * Index(sizeof(T)) >= stream_from();
+  const bool stream =
+      p.owners() * p.count() * Index(sizeof(T)) >= stream_from() && on_boundary<T>(p.y);
   const Index parts = std::max(1, p.threads);
   if (p.r2 > 1 || p.k2 == 1) {
     std::vector<Moments> partial(p.owners() * parts);
@@ -93,27 +133,31 @@ void forward(const Problem& p) {
         [&](Index o, const Segment& s) { Rows<T>(p, o).template apply<A, R>(s, stream); });
     return;
   }
-  std::vector<Moments> partial(p.k2 * parts);
-  by_columns(
+  std::vector<Moments> partial(p.k2 * (p.phases & reduce ? parts : 0));
+  by_columns<T>(
       p, bytes,
-      [&](Index a, const Slab& s, Index i) { Columns<T>(p, a).moments(s, &partial[i * p.k2]); },
-      [&](Index a, Index n) {
-        for (Index b = 0; b < p.k2; ++b) {
+      [&](const Columns<T>& c, const Slab& s, Index i) { c.moments(s, &partial[i * p.k2]); },
+      [&](Index a, Index b0, Index b1, Index n) {
+        for (Index b = b0; b < b1; ++b) {
           Moments all;
-          for (Index i = 0; i < n; ++i) all.add(partial[i * p.k2 + b]);
+          for (Index i = 0; i < n; ++i) {
+            all.add(partial[i * p.k2 + b]);
+            partial[i * p.k2 + b] = {};
+          }
           set_moments(p, a * p.k2 + b, all);
         }
       },
-      [&](Index a, const Slab& s) {
-        Columns<T>(p, a).template apply<A, R>(s, stream && on_boundaries<T>(p, p.y));
+      [&](const Columns<T>& c, const Slab& s) {
+        c.template apply<A, R>(s, stream && on_boundary(c));
       });
 }
 
-template <class T, Act A, bool R>
+template <class T, Act A, Source R>
 void backward(const Problem& p) {
   using C = typename Storage<T>::C;
-  const Index bytes = (R ? 5 : 3) * sizeof(T);
-  const bool stream = p.owners() * p.count() * Index(sizeof(T)) >= stream_from();
+  const Index bytes = (R == Source::x ? 3 : R == Source::sum ? 5 : 4) * sizeof(T);
+  const bool stream = p.owners() * p.count() * Index(sizeof(T)) >= stream_from() &&
+                      on_boundary<T>(p.dx) && on_boundary<T>(p.dresidual);
   const Index parts = std::max(1, p.threads);
   if (p.r2 > 1 || p.k2 == 1) {
     std::vector<double> partial(2 * p.owners() * parts, 0.0);
@@ -138,27 +182,26 @@ void backward(const Problem& p) {
         });
     return;
   }
-  std::vector<double> one(p.k2 * parts), two(p.k2 * parts);
-  by_columns(
+  std::vector<double> one(p.k2 * (p.phases & reduce ? parts : 0)), two(one.size());
+  by_columns<T>(
       p, bytes,
-      [&](Index a, const Slab& s, Index i) {
-        Columns<T>(p, a).template sums<A, R>(s, &one[i * p.k2], &two[i * p.k2]);
+      [&](const Columns<T>& c, const Slab& s, Index i) {
+        c.template sums<A, R>(s, &one[i * p.k2], &two[i * p.k2]);
       },
-      [&](Index a, Index n) {
-        for (Index b = 0; b < p.k2; ++b) {
+      [&](Index a, Index b0, Index b1, Index n) {
+        for (Index b = b0; b < b1; ++b) {
           double first = 0, second = 0;
           for (Index i = 0; i < n; ++i) {
-            first += one[i * p.k2 + b];
-            second += two[i * p.k2 + b];
+            first += std::exchange(one[i * p.k2 + b], 0.0);
+            second += std::exchange(two[i * p.k2 + b], 0.0);
           }
           set_sums<C>(p, a * p.k2 + b, first, second);
         }
       },
-      [&](Index a, const Slab& s) {
-        const Columns<T> columns(p, a);
-        const bool whole_lines = stream && on_boundaries<T>(p, p.dx);
-        p.from_batch ? columns.template gradients<A, R, true>(s, whole_lines)
-                     : columns.template gradients<A, R, false>(s, whole_lines);
+      [&](const Columns<T>& c, const Slab& s) {
+        const bool streams = stream && on_boundary(c);
+        p.from_batch ? c.template gradients<A, R, true>(s, streams)
+                     : c.template gradients<A, R, false>(s, streams);
       });
 }
 
@@ -167,7 +210,9 @@ void with_residual(const Problem& p) {
   if constexpr (Forward) {
     p.residual ? forward<T, A, true>(p) : forward<T, A, false>(p);
   } else {
-    p.residual ? backward<T, A, true>(p) : backward<T, A, false>(p);
+    if constexpr (has_mask(A))
+      if (p.mask) return backward<T, A, Source::mask>(p);
+    p.residual ? backward<T, A, Source::sum>(p) : backward<T, A, Source::x>(p);
   }
 }
 
@@ -193,13 +238,30 @@ void with_type(const Problem& p) {
   }
 }
 
+template <class T>
+Index mask_bytes_of(const Problem& p) {
+  if (p.r2 == 1 && p.k2 > 1) return Columns<T>::mask_size(p);
+  return p.owners() * p.r1 * Rows<T>::mask_stride(p);
+}
+
+Index mask_bytes(const Problem& p) {
+  switch (p.type) {
+    case Type::f32: return mask_bytes_of<float>(p);
+    case Type::f64: return mask_bytes_of<double>(p);
+    case Type::bf16: return mask_bytes_of<bf16>(p);
+    case Type::f16: return mask_bytes_of<f16>(p);
+  }
+  return 0;
+}
+
 }  // namespace
 
 #define EVENKEEL_TEXT(name) #name
 #define EVENKEEL_NAME(name) EVENKEEL_TEXT(name)
 
 extern const Kernels kernels;
-const Kernels kernels{EVENKEEL_NAME(EVENKEEL_ISA), with_type<true>, with_type<false>};
+const Kernels kernels{EVENKEEL_NAME(EVENKEEL_ISA), with_type<true>, with_type<false>,
+                      mask_bytes};
 
 }  // namespace EVENKEEL_ISA
 }  // namespace evenkeel

@@ -30,6 +30,10 @@ struct Problem {
   void* dx = nullptr;
   void* dresidual = nullptr;
 
+  // Of a norm with a residual and a ReLU behind: a bit for each value, whether its gradient passes.
+  // Forward writes it and backward reads it in place of the residual; null for neither.
+  std::uint8_t* mask = nullptr;
+
   // Per owner, in memory order. weight and bias may be null, for 1 and 0.
   const double* weight = nullptr;
   const double* bias = nullptr;
@@ -48,6 +52,7 @@ struct Kernels {
   const char* name;
   void (*forward)(const Problem&);
   void (*backward)(const Problem&);
+  Index (*mask_bytes)(const Problem&);
 };
 
 }  // namespace evenkeel

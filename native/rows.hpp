@@ -11,21 +11,40 @@ struct Segment {
   Index length() const { return j1 - j0; }
 };
 
-// Calls full(offset, chain) for whole vectors, chain cycling through 0 .. 3, then part(offset, n).
-template <int L, class Full, class Part>
-INLINE inline void sweep(Index n, Full full, Part part) {
-  Index at = 0;
-  for (; at + 4 * L <= n; at += 4 * L) {
+// How a run of n values divides into what lies before the first boundary of a vector, whole vectors
+// and the rest.
+template <int L>
+struct Cut {
+  Index n, head;
+  Part before, rest;
+
+  // Vectors lie on the boundaries that they would have in a tensor that begins on one: an access
+  // across lines costs two. The place in the tensor decides, not the address, which would make the
+  // last bits of a sum depend on the allocator.
+  Cut(Index length, Index place) : n(length) {
+    head = std::min((L - place % L) % L, n);
+    before = Part::last(head, L);
+    rest = Part::first((n - head) % L);
+  }
+};
+
+// Calls part(0, lanes), full(offset, chain) for whole vectors, chain cycling through 0 .. 3, and
+// part(offset, lanes).
+template <int L, class Full, class Each>
+INLINE inline void sweep(const Cut<L>& cut, Full full, Each part) {
+  Index at = cut.head;
+  if (at) part(0, cut.before);
+  for (; at + 4 * L <= cut.n; at += 4 * L) {
     full(at, 0);
     full(at + L, 1);
     full(at + 2 * L, 2);
     full(at + 3 * L, 3);
   }
   // One by one, for a chain that is not known to the compiler would live in memory.
-  if (at + L <= n) full(at, 0), at += L;
-  if (at + L <= n) full(at, 1), at += L;
-  if (at + L <= n) full(at, 2), at += L;
-  if (at < n) part(at, static_cast<int>(n - at));
+  if (at + L <= cut.n) full(at, 0), at += L;
+  if (at + L <= cut.n) full(at, 1), at += L;
+  if (at + L <= cut.n) full(at, 2), at += L;
+  if (at < cut.n) part(at, cut.rest);
 }
 
 template <class T>
@@ -45,24 +64,50 @@ struct Rows {
     base = (owner / p.k2) * p.r1 * run_stride + (owner % p.k2) * p.r2;
   }
 
-  const T* in(const void* tensor) const { return static_cast<const T*>(tensor) + base; }
-  T* out(void* tensor) const { return static_cast<T*>(tensor) + base; }
+  Index place(Index run, Index j) const { return base + run * run_stride + j; }
+  static const T* in(const void* tensor, Index at) { return static_cast<const T*>(tensor) + at; }
+  static T* out(void* tensor, Index at) { return static_cast<T*>(tensor) + at; }
 
-  // Asks for a run that is read soon: short ones are too far apart for the processor to foresee.
-  INLINE void foresee(const T* q, Index n) const {
-    const Index bytes = n * sizeof(T);
-    if (bytes > 2048) return;
-    const Index runs = std::max<Index>(1, 2048 / bytes);
-    const char* at = reinterpret_cast<const char*>(q + runs * run_stride);
-    for (Index line = 0; line < bytes; line += 64) __builtin_prefetch(at + line);
+  // The mask has whole bytes for each vector, and a vector more for each run than fits into it.
+  static constexpr Index bytes = L < 8 ? 1 : L / 8;
+  static Index mask_stride(const Problem& p) { return ((p.r2 + L - 1) / L + 1) * bytes; }
+  std::uint8_t* mask(Index run, Index j) const {
+    const Index run_of_tensor = ((owner / p.k2) * p.r1 + run) * p.k2 + owner % p.k2;
+    return p.mask + run_of_tensor * mask_stride(p) + (place(run, 0) % L + j) / L * bytes;
   }
+  static unsigned read_bits(const std::uint8_t* q) {
+    return bytes == 2 ? q[0] | unsigned{q[1]} << 8 : q[0];
+  }
+  static void write_bits(std::uint8_t* q, unsigned bits) {
+    q[0] = static_cast<std::uint8_t>(bits);
+    if constexpr (bytes == 2) q[1] = static_cast<std::uint8_t>(bits >> 8);
+  }
+
+  // Calls f(run, place, cut, ahead) for the values j .. j + n of some runs. Short runs are too far
+  // apart for the processor to foresee, so we ask for what is `ahead` of the present run: a later
+  // run, or one of the next owner.
+  template <class F>
+  INLINE void runs(Index i, Index end, Index j, Index n, F f) const {
+    const Index size = n * sizeof(T), distance = 2048 / std::max<Index>(size, 1);
+    const bool alike = run_stride % L == 0;
+    Cut<L> cut(n, place(i, j));
+    for (; i < end; ++i) {
+      const Index start = place(i, j), ahead = distance * run_stride;
+      if (!alike) cut = Cut<L>(n, start);
+      f(i, start, cut, i + distance < p.r1 ? ahead : ahead - p.r1 * run_stride + p.r2);
+    }
+  }
+  INLINE static void foresee(const T* q, Index ahead) { __builtin_prefetch(q + ahead); }
 
   // Calls f(first run, runs, offset in the run, length) for parts of about one tile.
   template <class F>
   void tiles(const Segment& s, F f) const {
     if (s.length() >= tile) {
       for (Index i = s.i0; i < s.i1; ++i)
-        for (Index j = s.j0; j < s.j1; j += tile) f(i, Index(1), j, std::min(tile, s.j1 - j));
+        for (Index j = s.j0, end; j < s.j1; j = end) {
+          end = std::min(j + Cut<L>(tile, place(i, j)).head + tile, s.j1);
+          f(i, Index(1), j, end - j);
+        }
       return;
     }
     const Index group = std::max<Index>(1, tile / std::max<Index>(1, s.length()));
@@ -72,43 +117,56 @@ struct Rows {
 
   Moments moments(const Segment& s) const {
     Moments all;
-    tiles(s, [&](Index i, Index runs, Index j, Index n) { all.add(of_tile(i, runs, j, n)); });
+    tiles(s, [&](Index i, Index runs, Index j, Index n) {
+      const double count = static_cast<double>(runs * n);
+      const C pivot = static_cast<C>(all.n == 0 ? start(i, runs, j, n) : all.mean);
+      const auto [off, squares] = deviations(i, runs, j, n, pivot);
+      all.add_about(count, pivot, off, squares);
+    });
     if (!std::isfinite(all.mean) || !std::isfinite(all.m2)) return of_scalars(s);
     return all;
   }
 
-  Moments of_tile(Index i, Index runs, Index j, Index n) const {
-    const T* x = in(p.x) + i * run_stride + j;
-    V sum[4] = {};
-    for (Index r = 0; r < runs; ++r) {
-      const T* q = x + r * run_stride;
-      sweep<L>(
-          n, [&](Index at, int chain) INLINE { sum[chain] += S::load(q + at); },
-          [&](Index at, int k) INLINE { sum[3] += S::load(q + at, k); });
-    }
-    const double count = static_cast<double>(runs * n);
-    const C near = static_cast<C>(total((sum[0] + sum[1]) + (sum[2] + sum[3])) / count);
+  // The mean of an eighth of a tile. What lies around it loses at most three bits more than what
+  // lies around its own mean.
+  double start(Index i, Index runs, Index j, Index n) const {
+    n = std::min(n, tile / 8);
+    runs = std::min(runs, std::max<Index>(1, tile / 8 / n));
+    V sums[4] = {};
+    this->runs(i, i + runs, j, n, [&](Index, Index start, const Cut<L>& cut, Index) INLINE {
+      const T* q = in(p.x, start);
+      sweep(
+          cut, [&](Index at, int chain) INLINE { sums[chain] += S::load(q + at); },
+          [&](Index at, Part lanes) INLINE { sums[3] += S::load(q + at, lanes); });
+    });
+    return total((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<double>(runs * n);
+  }
+
+  struct Pair {
+    double first, second;
+  };
+
+  Pair deviations(Index i, Index runs, Index j, Index n, C pivot) const {
     V off[4] = {}, square[4] = {};
-    const Index next = runs == 1 ? n : 0;  // while this tile is in cache, memory is idle
-    for (Index r = 0; r < runs; ++r) {
-      const T* q = x + r * run_stride;
-      auto take = [&](V d, int chain) INLINE {
-        off[chain] += d;
-        square[chain] += d * d;
-      };
-      sweep<L>(
-          n,
+    auto take = [&](V d, int chain) INLINE {
+      off[chain] += d;
+      square[chain] += d * d;
+    };
+    this->runs(i, i + runs, j, n, [&](Index, Index start, const Cut<L>& cut, Index ahead) INLINE {
+      const T* q = in(p.x, start);
+      sweep(
+          cut,
           [&](Index at, int chain) INLINE {
-            if (next) __builtin_prefetch(q + at + next);
-            take(S::load(q + at) - near, chain);
+            foresee(q + at, ahead);
+            take(S::load(q + at) - pivot, chain);
           },
-          [&](Index at, int k) INLINE {
-            take(lanes_below<C>(k) ? S::load(q + at, k) - near : V{}, 3);
+          [&](Index at, Part lanes) INLINE {
+            foresee(q + at, ahead);
+            take(only<C>(lanes, S::load(q + at, lanes) - pivot), 3);
           });
-    }
-    const double e = total((off[0] + off[1]) + (off[2] + off[3]));
-    const double m2 = total((square[0] + square[1]) + (square[2] + square[3])) - e * e / count;
-    return {count, static_cast<double>(near) + e / count, m2 < 0 ? 0 : m2};
+    });
+    return {total((off[0] + off[1]) + (off[2] + off[3])),
+            total((square[0] + square[1]) + (square[2] + square[3]))};
   }
 
   // One by one, for infinities, NaN and what overflows a float.
@@ -116,7 +174,7 @@ struct Rows {
     Moments m{static_cast<double>((s.i1 - s.i0) * s.length()), 0, 0};
     auto each = [&](auto f) {
       for (Index i = s.i0; i < s.i1; ++i)
-        for (Index j = s.j0; j < s.j1; ++j) f(S::scalar(in(p.x) + i * run_stride + j));
+        for (Index j = s.j0; j < s.j1; ++j) f(S::scalar(in(p.x, place(i, j))));
     };
     each([&](double v) { m.mean += v; });
     m.mean /= m.n;
@@ -128,113 +186,119 @@ struct Rows {
   void apply(const Segment& s, bool stream) const {
     const auto k = Constants<C>::of(p, owner, false);
     const C slope = static_cast<C>(p.slope);
-    for (Index i = s.i0; i < s.i1; ++i) {
-      const Index start = i * run_stride + s.j0;
-      const T *x = in(p.x) + start, *r = R ? in(p.residual) + start : nullptr;
-      T* y = out(p.y) + start;
-      auto value = [&](V v, V added) INLINE {
+    const bool keeps = R && has_mask(A) && p.mask;
+    const auto each = [&](Index i, Index start, const Cut<L>& cut, Index) INLINE {
+      const T *x = in(p.x, start), *r = R ? in(p.residual, start) : nullptr;
+      T* y = out(p.y, start);
+      std::uint8_t* bits = keeps ? mask(i, s.j0) : nullptr;
+      const Index lead = start % L;
+      auto value = [&](Index at, V v, V added) INLINE {
         V z = (v - k.high) * k.scale + k.shift;
         if constexpr (R) z += added;
+        if (R && has_mask(A) && keeps)
+          write_bits(bits + (lead + at) / L * bytes, passing<A, C>(z));
         return activate<A>(z, slope);
       };
-      auto part = [&](Index at, int n) INLINE {
-        S::store(y + at, value(S::load(x + at, n), R ? S::load(r + at, n) : V{}), n);
-      };
-      const Index head = stream ? to_boundary(y, s.length()) : 0;
-      if (head) part(0, static_cast<int>(head));
-      sweep<L>(
-          s.length() - head,
+      sweep(
+          cut,
           [&](Index at, int) INLINE {
-            at += head;
-            const V v = value(S::load(x + at), R ? S::load(r + at) : V{});
+            const V v = value(at, S::load(x + at), R ? S::load(r + at) : V{});
             stream ? S::stream(y + at, v) : S::store(y + at, v);
           },
-          [&](Index at, int n) INLINE { part(at + head, n); });
-    }
+          [&](Index at, Part lanes) INLINE {
+            const V added = R ? S::load(r + at, lanes) : V{};
+            S::store(y + at, value(at, S::load(x + at, lanes), added), lanes);
+          });
+    };
+    runs(s.i0, s.i1, s.j0, s.length(), each);
+    if (stream) settle();
   }
 
-  // How many values lie before the next boundary of a vector.
-  static Index to_boundary(const T* y, Index length) {
-    constexpr std::uintptr_t bytes = L * sizeof(T);
-    const auto past = reinterpret_cast<std::uintptr_t>(y) % bytes;
-    return past ? std::min<Index>((bytes - past) / sizeof(T), length) : 0;
+  // What reaches a value before the activation: bits are those of its vector.
+  template <Act A, Source R>
+  INLINE V dz_of(const Constants<C>& k, V d, V g, V added, const std::uint8_t* bits, Index vector,
+                 C slope) const {
+    if constexpr (A == Act::none) return g;
+    if constexpr (R == Source::mask && has_mask(A))
+      return before_activation_by<A, C>(read_bits(bits + vector * bytes), g, slope);
+    V z = d * k.scale + k.shift;
+    if constexpr (R == Source::sum) z += added;
+    return before_activation<A>(g, z, slope);
   }
 
-  template <Act A, bool R>
+  template <Act A, Source R>
   void sums(const Segment& s, double& dz_sum, double& dz_x_sum) const {
     const auto k = Constants<C>::of(p, owner, false);
     const C slope = static_cast<C>(p.slope);
+    constexpr bool adds = R == Source::sum && A != Act::none;
     tiles(s, [&](Index i, Index runs, Index j, Index n) {
       V one[4] = {}, two[4] = {};
-      for (Index run = i; run < i + runs; ++run) {
-        const Index start = run * run_stride + j;
-        const T *x = in(p.x) + start, *dy = in(p.dy) + start;
-        const T* r = R ? in(p.residual) + start : nullptr;
-        foresee(x, n), foresee(dy, n);
-        if constexpr (R) foresee(r, n);
-        auto take = [&](V v, V g, V added, int chain) INLINE {
+      const auto each = [&](Index run, Index start, const Cut<L>& cut, Index ahead) INLINE {
+        const T *x = in(p.x, start), *dy = in(p.dy, start);
+        const T* r = adds ? in(p.residual, start) : nullptr;
+        const std::uint8_t* bits = R == Source::mask ? mask(run, j) : nullptr;
+        const Index lead = start % L;
+        auto take = [&](Index at, V v, V g, V added, int chain) INLINE {
+          foresee(x + at, ahead), foresee(dy + at, ahead);
+          if constexpr (adds) foresee(r + at, ahead);
           const V d = v - k.high;
-          V z = d * k.scale + k.shift;
-          if constexpr (R) z += added;
-          const V dz = before_activation<A>(g, z, slope);
+          const V dz = dz_of<A, R>(k, d, g, added, bits, (lead + at) / L, slope);
           one[chain] += dz;
           two[chain] += dz * d;
         };
-        sweep<L>(
-            n,
+        sweep(
+            cut,
             [&](Index at, int chain) INLINE {
-              take(S::load(x + at), S::load(dy + at), R ? S::load(r + at) : V{}, chain);
+              take(at, S::load(x + at), S::load(dy + at), adds ? S::load(r + at) : V{}, chain);
             },
-            [&](Index at, int m) INLINE {
-              // Lanes without a value get x = high, so that they add exactly nothing.
-              const V v = lanes_below<C>(m) ? S::load(x + at, m) : spread<V>(k.high);
-              take(v, S::load(dy + at, m), R ? S::load(r + at, m) : V{}, 3);
+            [&](Index at, Part lanes) INLINE {
+              // Lanes without a value get dy = 0 and x = high, so that they add exactly nothing.
+              const V v = k.high + only<C>(lanes, S::load(x + at, lanes) - k.high);
+              take(at, v, S::load(dy + at, lanes), adds ? S::load(r + at, lanes) : V{}, 3);
             });
-      }
+      };
+      this->runs(i, i + runs, j, n, each);
       dz_sum += total((one[0] + one[1]) + (one[2] + one[3]));
       dz_x_sum += total((two[0] + two[1]) + (two[2] + two[3]));
     });
   }
 
-  template <Act A, bool R, bool B>
+  template <Act A, Source R, bool B>
   void gradients(const Segment& s, bool stream) const {
     const auto k = Constants<C>::of(p, owner, true);
     const C slope = static_cast<C>(p.slope);
-    for (Index i = s.i0; i < s.i1; ++i) {
-      const Index start = i * run_stride + s.j0;
-      const T *x = in(p.x) + start, *dy = in(p.dy) + start;
-      const T* r = R && A != Act::none ? in(p.residual) + start : nullptr;
-      T *dx = out(p.dx) + start, *dr = R && p.dresidual ? out(p.dresidual) + start : nullptr;
-      foresee(x, s.length()), foresee(dy, s.length());
-      auto dz_of = [&](V v, V g, V added) INLINE {
-        if constexpr (A == Act::none) return g;
-        V z = (v - k.high) * k.scale + k.shift;
-        if constexpr (R) z += added;
-        return before_activation<A>(g, z, slope);
+    constexpr bool adds = R == Source::sum && A != Act::none;
+    const bool writes_dr = R != Source::x && p.dresidual;
+    const auto each = [&](Index i, Index start, const Cut<L>& cut, Index) INLINE {
+      const T *x = in(p.x, start), *dy = in(p.dy, start);
+      const T* r = adds ? in(p.residual, start) : nullptr;
+      T *dx = out(p.dx, start), *dr = writes_dr ? out(p.dresidual, start) : nullptr;
+      const std::uint8_t* bits = R == Source::mask ? mask(i, s.j0) : nullptr;
+      const Index lead = start % L;
+      auto both = [&](Index at, V v, V g, V added, auto write) INLINE {
+        const V d = v - k.high;
+        const V dz = dz_of<A, R>(k, d, g, added, bits, (lead + at) / L, slope);
+        if constexpr (B) {
+          write(dx + at, k.a * dz + (k.b * d + k.c));
+        } else {
+          write(dx + at, k.a * dz);
+        }
+        if (R != Source::x && writes_dr) write(dr + at, dz);
       };
-      auto dx_of = [&](V v, V dz) INLINE {
-        if constexpr (B) return k.a * dz + (k.b * (v - k.high) + k.c);
-        return k.a * dz;
-      };
-      auto part = [&](Index at, int n) INLINE {
-        const V v = S::load(x + at, n);
-        const V dz = dz_of(v, S::load(dy + at, n), r ? S::load(r + at, n) : V{});
-        S::store(dx + at, dx_of(v, dz), n);
-        if (R && dr) S::store(dr + at, dz, n);
-      };
-      const Index head = stream ? to_boundary(dx, s.length()) : 0;
-      if (head) part(0, static_cast<int>(head));
-      sweep<L>(
-          s.length() - head,
+      sweep(
+          cut,
           [&](Index at, int) INLINE {
-            at += head;
-            const V v = S::load(x + at);
-            const V dz = dz_of(v, S::load(dy + at), r ? S::load(r + at) : V{});
-            stream ? S::stream(dx + at, dx_of(v, dz)) : S::store(dx + at, dx_of(v, dz));
-            if (R && dr) stream ? S::stream(dr + at, dz) : S::store(dr + at, dz);
+            both(at, S::load(x + at), S::load(dy + at), adds ? S::load(r + at) : V{},
+                 [&](T* q, V v) INLINE { stream ? S::stream(q, v) : S::store(q, v); });
           },
-          [&](Index at, int n) INLINE { part(at + head, n); });
-    }
+          [&](Index at, Part lanes) INLINE {
+            both(at, S::load(x + at, lanes), S::load(dy + at, lanes),
+                 adds ? S::load(r + at, lanes) : V{},
+                 [&](T* q, V v) INLINE { S::store(q, v, lanes); });
+          });
+    };
+    runs(s.i0, s.i1, s.j0, s.length(), each);
+    if (stream) settle();
   }
 };
 

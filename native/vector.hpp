@@ -54,33 +54,125 @@ typedef Vec<float>::type VF;
 typedef std::uint16_t VH __attribute__((vector_size(EVENKEEL_BYTES / 2)));
 typedef std::uint32_t VU __attribute__((vector_size(EVENKEEL_BYTES)));
 
-// The first n lanes of memory, the others zero.
+// Lanes below n.
+template <class C>
+inline typename Vec<C>::mask lanes_below(int n) {
+  typename Vec<C>::mask iota{};
+  for (unsigned i = 0; i < EVENKEEL_BYTES / sizeof(C); ++i) iota[i] = static_cast<int>(i);
+  return iota < (typename Vec<C>::mask{} + n);
+}
+
+// The n first or the n last lanes of a vector, for what a run has before its first boundary and
+// after its last. Where memory can be accessed under a mask, the last ones stay in their places, so
+// that the access does not cross a line of the cache; elsewhere both are the first.
+struct Part {
+  int n;
+  unsigned mask;
+  int before;  // lanes that the vector would have before the first of these
+
+  static Part first(Index n) { return {static_cast<int>(n), (1u << n) - 1, 0}; }
+#if defined(__AVX512F__)
+  static Part last(Index n, int lanes) {
+    const int before = lanes - static_cast<int>(n);
+    return {static_cast<int>(n), ((1u << n) - 1) << before, before};
+  }
+#else
+  static Part last(Index n, int) { return first(n); }
+#endif
+};
+
+// Memory into the lanes of a part, zero into the others; and back.
 template <class V, class T>
-inline V partial(const T* p, int n) {
+inline V partial(const T* p, Part part) {
   V v{};
-  std::memcpy(&v, p, sizeof(T) * n);
+  std::memcpy(&v, p, sizeof(T) * part.n);
   return v;
 }
+template <class T, class V>
+inline void store_partial(T* p, const V& v, Part part) {
+  std::memcpy(static_cast<void*>(p), &v, sizeof(T) * part.n);
+}
 #if defined(__AVX512F__)
+typedef Vec<double>::type VD;
 template <>
-inline VF partial<VF, float>(const float* p, int n) {
-  return reinterpret_cast<VF>(_mm512_maskz_loadu_ps((1u << n) - 1, p));
+inline VF partial<VF, float>(const float* p, Part part) {
+  return reinterpret_cast<VF>(_mm512_maskz_loadu_ps(part.mask, p - part.before));
 }
 template <>
-inline VH partial<VH, std::uint16_t>(const std::uint16_t* p, int n) {
-  return reinterpret_cast<VH>(_mm256_maskz_loadu_epi16((1u << n) - 1, p));
+inline VD partial<VD, double>(const double* p, Part part) {
+  return reinterpret_cast<VD>(_mm512_maskz_loadu_pd(part.mask, p - part.before));
+}
+template <>
+inline VH partial<VH, std::uint16_t>(const std::uint16_t* p, Part part) {
+  return reinterpret_cast<VH>(_mm256_maskz_loadu_epi16(part.mask, p - part.before));
+}
+inline void store_partial(float* p, const VF& v, Part part) {
+  _mm512_mask_storeu_ps(p - part.before, part.mask, reinterpret_cast<__m512>(v));
+}
+inline void store_partial(double* p, const VD& v, Part part) {
+  _mm512_mask_storeu_pd(p - part.before, part.mask, reinterpret_cast<__m512d>(v));
+}
+inline void store_partial(std::uint16_t* p, const VH& v, Part part) {
+  _mm256_mask_storeu_epi16(p - part.before, part.mask, reinterpret_cast<__m256i>(v));
+}
+#elif defined(__AVX2__)
+template <>
+inline VF partial<VF, float>(const float* p, Part part) {
+  return reinterpret_cast<VF>(
+      _mm256_maskload_ps(p, reinterpret_cast<__m256i>(lanes_below<float>(part.n))));
+}
+inline void store_partial(float* p, const VF& v, Part part) {
+  _mm256_maskstore_ps(p, reinterpret_cast<__m256i>(lanes_below<float>(part.n)),
+                      reinterpret_cast<__m256>(v));
 }
 #endif
 
-template <class T, class V>
-inline void store_partial(T* p, const V& v, int n) {
-  std::memcpy(static_cast<void*>(p), &v, sizeof(T) * n);
-}
+// v in the lanes of a part, zero in the others.
+template <class C, class V>
+inline V only(Part part, V v) {
 #if defined(__AVX512F__)
-inline void store_partial(float* p, const VF& v, int n) {
-  _mm512_mask_storeu_ps(p, (1u << n) - 1, reinterpret_cast<__m512>(v));
-}
+  if constexpr (sizeof(C) == 4) {
+    return reinterpret_cast<V>(_mm512_maskz_mov_ps(part.mask, reinterpret_cast<__m512>(v)));
+  } else {
+    return reinterpret_cast<V>(_mm512_maskz_mov_pd(part.mask, reinterpret_cast<__m512d>(v)));
+  }
+#else
+  return lanes_below<C>(part.n) ? v : V{};
 #endif
+}
+
+// One bit for each lane of a comparison, and a choice by such bits.
+template <class C>
+inline unsigned bits_of(typename Vec<C>::mask m) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(C) == 4) return _mm512_movepi32_mask(reinterpret_cast<__m512i>(m));
+  else return _mm512_movepi64_mask(reinterpret_cast<__m512i>(m));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(C) == 4) return _mm256_movemask_ps(reinterpret_cast<__m256>(m));
+  else return _mm256_movemask_pd(reinterpret_cast<__m256d>(m));
+#else
+  unsigned bits = 0;
+  for (unsigned i = 0; i < EVENKEEL_BYTES / sizeof(C); ++i) bits |= (m[i] ? 1u : 0u) << i;
+  return bits;
+#endif
+}
+template <class C, class V>
+inline V pick(unsigned bits, V yes, V no) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(C) == 4) {
+    return reinterpret_cast<V>(_mm512_mask_blend_ps(bits, reinterpret_cast<__m512>(no),
+                                                    reinterpret_cast<__m512>(yes)));
+  } else {
+    return reinterpret_cast<V>(_mm512_mask_blend_pd(bits, reinterpret_cast<__m512d>(no),
+                                                    reinterpret_cast<__m512d>(yes)));
+  }
+#else
+  using M = typename Vec<C>::mask;
+  M lane{};
+  for (unsigned i = 0; i < EVENKEEL_BYTES / sizeof(C); ++i) lane[i] = 1 << i;
+  return ((M{} + static_cast<int>(bits)) & lane) != 0 ? yes : no;
+#endif
+}
 
 template <class V>
 inline V whole(const void* p) {
@@ -165,16 +257,29 @@ struct Storage {
   using V = VF;
   static constexpr int L = EVENKEEL_BYTES / 4;
   static V load(const T* p) { return widen(whole<VH>(p), T{}); }
-  static V load(const T* p, int n) {
-    return widen(partial<VH>(reinterpret_cast<const std::uint16_t*>(p), n), T{});
+  static V load(const T* p, Part part) {
+    return widen(partial<VH>(reinterpret_cast<const std::uint16_t*>(p), part), T{});
   }
   static void store(T* p, V v) {
     VH h = narrow(v, T{});
     std::memcpy(static_cast<void*>(p), &h, sizeof h);
   }
-  static void store(T* p, V v, int n) { store_partial(p, narrow(v, T{}), n); }
-  static void stream(T* p, V v) { store(p, v); }
-  static double scalar(const T* p) { return static_cast<double>(load(p, 1)[0]); }
+  static void store(T* p, V v, Part part) {
+    store_partial(reinterpret_cast<std::uint16_t*>(p), narrow(v, T{}), part);
+  }
+  static void stream(T* p, V v) {
+#if defined(__AVX512F__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p),
+                        reinterpret_cast<__m256i>(narrow(v, T{})));
+#elif defined(__AVX2__)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(narrow(v, T{})));
+#else
+    store(p, v);
+#endif
+  }
+  static double scalar(const T* p) {
+    return static_cast<double>(load(p, Part::first(1))[0]);
+  }
 };
 
 template <class T>
@@ -183,9 +288,9 @@ struct Plain {
   using V = typename Vec<T>::type;
   static constexpr int L = EVENKEEL_BYTES / sizeof(T);
   static V load(const T* p) { return whole<V>(p); }
-  static V load(const T* p, int n) { return partial<V>(p, n); }
+  static V load(const T* p, Part part) { return partial<V>(p, part); }
   static void store(T* p, V v) { std::memcpy(p, &v, sizeof v); }
-  static void store(T* p, V v, int n) { store_partial(p, v, n); }
+  static void store(T* p, V v, Part part) { store_partial(p, v, part); }
   // Past the cache, for what nobody reads soon; p is on a vector's boundary.
   static void stream(T* p, V v) {
 #if defined(__AVX512F__)
@@ -208,12 +313,11 @@ inline V spread(decltype(V{}[0] + 0) value) {
   return V{} + value;
 }
 
-// Lanes below n.
-template <class C>
-inline typename Vec<C>::mask lanes_below(int n) {
-  typename Vec<C>::mask iota{};
-  for (unsigned i = 0; i < EVENKEEL_BYTES / sizeof(C); ++i) iota[i] = static_cast<int>(i);
-  return iota < (typename Vec<C>::mask{} + n);
+// After the last streamed store of a thread, before others read it.
+inline void settle() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
 }
 
 // The sum of all lanes, by halves.

@@ -14,9 +14,10 @@ import evenkeel
 SOURCE = Path(evenkeel.__file__).parent
 LAYERS = (
     ("errors",),
-    ("pattern", "view", "conventions"),
+    ("pattern", "view", "conventions", "allocator"),
     ("kernels",),
     ("ops",),
+    ("recompute",),
     ("direct",),
     ("functional",),
     ("nn",),
@@ -168,16 +169,21 @@ def test_public_names():
         "NormSpec",
         "PerActivationBatchNorm",
         "accelerate",
+        "allocator",
         "batch_norm",
         "conventions",
         "errors",
         "fold",
+        "freeze",
         "functional",
         "introduce",
         "nn",
         "normalize",
         "parse",
+        "recalibrate",
+        "recalibrated",
         "restore",
+        "unfreeze",
     ]
     for name in evenkeel.__all__:
         assert getattr(evenkeel, name) is not None

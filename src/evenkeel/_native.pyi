@@ -1,15 +1,18 @@
 """The C++ kernels (see ``native/bind.cpp``); tensors are given by their addresses, 0 for none."""
 
 def forward(
-    k1: int, r1: int, k2: int, r2: int, dtype: int, act: int, slope: float, eps: float,
-    phases: int, threads: int, x: int, residual: int, y: int, weight: int, bias: int,
-    mean: int, m2: int, invstd: int, /,
+    k1: int, r1: int, k2: int, r2: int, dtype: int, act: int, slope: float, phases: int,
+    threads: int, eps: float, x: int, residual: int, y: int, mask: int, weight: int, bias: int,
+    single: bool, memory: int, running_mean: int, running_var: int, running_single: bool,
+    momentum: float, /,
 ) -> None: ...  # fmt: skip
 def backward(
-    k1: int, r1: int, k2: int, r2: int, dtype: int, act: int, slope: float, from_batch: bool,
-    phases: int, threads: int, dy: int, x: int, residual: int, dx: int, dresidual: int,
-    weight: int, bias: int, mean: int, invstd: int, sum_dz: int, sum_dz_xhat: int, /,
+    k1: int, r1: int, k2: int, r2: int, dtype: int, act: int, slope: float, phases: int,
+    threads: int, from_batch: bool, dy: int, x: int, residual: int, mask: int, dx: int,
+    dresidual: int, weight: int, bias: int, single: bool, mean: int, invstd: int, sums: int,
+    dweight: int, dbias: int, /,
 ) -> None: ...  # fmt: skip
+def mask_bytes(k1: int, r1: int, k2: int, r2: int, dtype: int, /) -> int: ...
 def use(name: str, /) -> None: ...
 def instructions() -> str: ...
 def pool() -> str: ...

@@ -1,79 +1,284 @@
-"""The op of `evenkeel.ops` by the shortest way there.
+"""Batch norm by the shortest way there: one C++ call forward and one backward.
 
 An op of torch.library can be compiled, exported and traced; but calling one costs more than three
 times what torch's own batch norm costs on a small tensor. So plain tensors in eager mode go past
-it, to the same two functions.
+it, to the native kernels, which also convert parameters and move running statistics. Behind a
+residual add they keep one bit for each value in place of the residual. What this way does not take
+goes to the op of `evenkeel.ops`, which computes the same.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import recompute
 from .kernels.contract import Activation
-from .ops import backward, dense, forward, gradients, keep, norm_op
+from .kernels.native import ACTS, BOTH, FEW, MAP, REDUCE, TYPES, Native
+from .kernels.select import choose, load
+from .ops import aligned
+from .pattern import NormSpec
+from .view import View, view_of
 
-__all__ = ["norm"]
+__all__ = ["batch_norm"]
+
+_WIDE = (torch.float32, torch.float64)
+_BITS = ("relu", "leaky_relu", "relu6")
+"""Activations whose gradient one bit decides."""
 
 
-def norm(
+class _Plan(NamedTuple):
+    """What is known of all calls with one layout."""
+
+    view: View
+    kept: tuple[int, ...]
+    kind: tuple[int, ...]
+    """The view's four numbers and the type's, as the kernels take them."""
+    owners: torch.Size
+    """The shape of a statistic, which is also its order in memory."""
+
+
+class _Call(NamedTuple):
+    """What a call is given besides the tensors that have gradients."""
+
+    plan: _Plan
+    act: Activation
+    eps: float
+    from_batch: bool
+    memory: Tensor
+    """Three rows: mean, 1 / sqrt(var + eps) and var."""
+
+
+def batch_norm(
     x: Tensor,
+    spec: NormSpec,
     weight: Tensor | None,
     bias: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    kept: tuple[int, ...],
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    from_batch: bool,
+    momentum: float | Tensor,
     eps: float,
-    activation: str,
-    slope: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `evenkeel.ops.norm_op` computes."""
-    given = (x, weight, bias, residual, mean, var, kept, eps, activation, slope, backend)
-    call: Any = norm_op if torch.compiler.is_compiling() or not _is_plain(x) else _Direct.apply
-    return cast(tuple[Tensor, Tensor, Tensor], call(*given))
+    act: Activation,
+    residual: Tensor | None,
+) -> Tensor | None:
+    """What `evenkeel.functional.normalize` computes, or None if this is not the way.
+
+    Nothing is checked but that this way is open; of anything wrong the other way tells.
+    """
+    if torch.compiler.is_compiling() or not _is_plain(x):
+        return None
+    plan = _plan(spec, x.shape, x.stride(), x.dtype)
+    if plan is None or not (
+        _fits(weight, bias, plan.owners)
+        and _fits(running_mean, running_var, plan.owners)
+        and (running_mean is None) == (running_var is None)
+        and (from_batch or running_mean is not None)
+        and (weight is bias is None or spec.affine is not None)
+        and (residual is None or _is_like(residual, x))
+    ):
+        return None
+    memory = torch.empty((3, *plan.owners), dtype=torch.float64)
+    call = _Call(plan, act, eps, from_batch, memory)
+    given = (x, weight, bias, residual)
+    running = (running_mean, running_var, float(momentum))
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in given):
+        return _forward(*given, call, None, *running)
+    y: Tensor = _Fused.apply(*given, call, running)  # type: ignore[no-untyped-call]
+    if recompute.active():
+        again = partial(_forward, call=call, mask=None, phases=MAP)
+        recompute.offer(y, again, *given)
+    return y
 
 
 def _is_plain(x: Tensor) -> bool:
-    """True for a tensor of values: no subclass, fake, transform or mode that wants to see ops."""
+    """True for values on the CPU: no subclass, fake, transform or mode that wants to see ops."""
     return (
         type(x) in (Tensor, torch.nn.Parameter)
+        and x.is_cpu
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._get_tracing_state()
     )
 
 
-class _Direct(torch.autograd.Function):
-    """The op's two calls without torch.library around them."""
+def _fits(one: Tensor | None, other: Tensor | None, shape: torch.Size) -> bool:
+    """True for two vectors of that shape and of one type that the kernels read, or for none."""
+    if one is None:
+        return other is None or _fits(other, None, shape)
+    return (
+        one.shape == shape
+        and one.dtype in _WIDE
+        and one.is_cpu
+        and one.is_contiguous()
+        and (other is None or (other.dtype == one.dtype and _fits(other, None, shape)))
+    )
+
+
+def _is_like(t: Tensor, x: Tensor) -> bool:
+    return (
+        type(t) in (Tensor, torch.nn.Parameter)
+        and t.is_cpu
+        and t.dtype == x.dtype
+        and t.shape == x.shape
+        and t.stride() == x.stride()
+    )
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    spec: NormSpec, shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype
+) -> _Plan | None:
+    with_owners = spec.affine is None or spec.affine_is_owners
+    if not (spec.averages_batch and with_owners) or 0 in shape or dtype not in TYPES:
+        return None
+    bound = spec.bind(tuple(shape), {})
+    view = view_of(shape, strides, bound.kept)
+    if view is None or bound.shape != tuple(shape) or bound.count < FEW:
+        return None
+    if view.kept != tuple(sorted(view.kept)):
+        return None
+    if choose("auto", view, dtype, torch.device("cpu")).name != "native":
+        return None
+    kind = (*view.sizes, TYPES[dtype])
+    return _Plan(view, bound.kept, kind, torch.Size(bound.stat_shape))
+
+
+@lru_cache(maxsize=1)
+def _kernels() -> Any:
+    native = load("native")
+    assert isinstance(native, Native)  # noqa: S101 - it is chosen before
+    return native.module
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _is_single(one: Tensor | None, other: Tensor | None = None) -> bool:
+    given = other if one is None else one
+    return given is not None and given.dtype == torch.float32
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    call: _Call,
+    mask: Tensor | None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    momentum: float = 0.0,
+    phases: int | None = None,
+) -> Tensor:
+    plan, act, eps, from_batch, memory = call
+    y = torch.empty_like(x)
+    if phases is None:
+        phases = BOTH if from_batch else MAP
+    _kernels().forward(
+        *plan.kind,
+        *(ACTS[act.name], act.slope, phases, torch.get_num_threads(), eps),
+        *(x.data_ptr(), _address(residual), y.data_ptr(), _address(mask)),
+        *(_address(weight), _address(bias), _is_single(weight, bias), memory.data_ptr()),
+        *(_address(running_mean), _address(running_var), _is_single(running_mean), momentum),
+    )
+    return y
+
+
+class _Fused(torch.autograd.Function):
+    """The two calls, and what the first keeps for the second."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        y, mean, var, ctx.affine = forward(*inputs)
-        keep(ctx, inputs, (y, mean, var))
-        return y, mean, var
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        call: _Call,
+        running: tuple[Tensor | None, Tensor | None, float],
+    ) -> Tensor:
+        ctx.call = call
+        ctx.adds = residual is not None
+        kept = None if call.act.name == "none" else residual
+        mask = None
+        if kept is not None and call.act.name in _BITS:
+            size = _kernels().mask_bytes(*call.plan.kind)
+            mask = kept = torch.empty(size, dtype=torch.uint8)
+        y = _forward(x, weight, bias, residual, call, mask, *running)
+        ctx.save_for_backward(x, weight, bias, kept)
+        return y
 
     @staticmethod
-    def backward(ctx: Any, *given: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # a second derivative is wanted, which the op has
-            return backward(ctx, *given)
-        dy = given[0]
-        x, weight, bias, residual, _, _ = ctx.saved_tensors
-        kept, _, name, slope, backend = ctx.rest
-        x, view = dense(x, kept)
-        act = Activation(name, slope)
-        dx, dweight, dbias, dresidual = gradients(
-            dy, x, view, weight, bias, residual, ctx.affine, ctx.from_batch, act, backend
+            return _by_op(ctx, dy)
+        x, weight, bias, kept = ctx.saved_tensors
+        (view, _, kind, _), act, _, from_batch, (mean, invstd, _) = ctx.call
+        wants_x, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[:4]
+        dy = aligned(dy.to(x.dtype), x, view)
+        mask = kept if ctx.adds and act.name in _BITS else None
+        maps = wants_x or (wants_residual and kept is not None)
+        dx = torch.empty_like(x) if maps else None
+        dweight = torch.empty_like(weight) if wants_weight else None
+        dbias = torch.empty_like(bias) if wants_bias else None
+        dresidual = dy if wants_residual else None
+        if wants_residual and kept is not None:
+            dresidual = torch.empty_like(x)
+        reduces = wants_weight or wants_bias or from_batch
+        _kernels().backward(
+            *kind,
+            *(ACTS[act.name], act.slope, (REDUCE if reduces else 0) | (MAP if maps else 0)),
+            *(torch.get_num_threads(), from_batch, dy.data_ptr(), x.data_ptr()),
+            *(_address(kept if mask is None else None), _address(mask), _address(dx)),
+            *(_address(dresidual if kept is not None else None), _address(weight), _address(bias)),
+            *(_is_single(weight, bias), mean.data_ptr(), invstd.data_ptr(), 0),
+            *(_address(dweight), _address(dbias)),
         )
-        if ctx.residual_dtype is not None and ctx.is_linear:
-            dresidual = dy.to(ctx.residual_dtype)
-        return (
-            dx,
-            None if weight is None else dweight,
-            None if bias is None else dbias,
-            None if ctx.residual_dtype is None else dresidual,
-            *[None] * (2 + len(ctx.rest)),
+        return dx if wants_x else None, dweight, dbias, dresidual, None, None
+
+
+def _by_op(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients, by an op that can be differentiated."""
+    x, weight, bias, kept = ctx.saved_tensors
+    plan, act, eps, from_batch, (mean, _, var) = ctx.call
+    mask = ctx.adds and act.name in _BITS
+    residual = _stand_in(ctx, x, weight, bias, kept) if mask else kept
+    dx, dweight, dbias, dresidual = torch.ops.evenkeel.norm_backward(
+        *(dy, x, weight, bias, residual, mean, var, from_batch),
+        *(plan.kept, eps, act.name, act.slope, "auto"),
+    )
+    return (
+        dx,
+        None if weight is None else dweight,
+        None if bias is None else dbias,
+        (dresidual if kept is not None else dy) if ctx.adds else None,
+        None,
+        None,
+    )
+
+
+def _stand_in(
+    ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor
+) -> Tensor:
+    """A residual that decides every gradient as the one did of which only the bits were kept.
+
+    Where an activation is decided by one bit, nothing but the decision depends on the residual.
+    """
+    call = ctx.call
+    with torch.no_grad():
+        # dy = 1 goes through where the bit is set, and -1 is what stands for a bit that is not.
+        passed, dx, through = torch.ones_like(x), torch.empty_like(x), torch.empty_like(x)
+        _kernels().backward(
+            *call.plan.kind,
+            *(ACTS["relu"], 0.0, MAP, torch.get_num_threads(), False),
+            *(passed.data_ptr(), x.data_ptr(), 0, mask.data_ptr(), dx.data_ptr()),
+            *(through.data_ptr(), 0, 0, False, call.memory[0].data_ptr()),
+            *(call.memory[1].data_ptr(), 0, 0, 0),
         )
+        plain = call._replace(act=Activation())
+        return (2 * through - 1) - _forward(x, weight, bias, None, plain, None, phases=MAP)

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .direct import norm
+from . import direct
 from .errors import ConfigError, PatternError, ShapeError
 from .kernels.contract import Activation
 from .kernels.reference import activate
+from .ops import norm_op
 from .pattern import DEFAULT, Bound, NormSpec, parse
 
 __all__ = ["activation_of", "batch_norm", "normalize"]
@@ -140,9 +141,14 @@ def normalize(
         raise ShapeError(f"a norm needs a floating tensor but got {x.dtype}; use x.float()")
     if not eps >= 0:
         raise ConfigError(f"eps must be 0 or more but is {eps}; the usual one is 1e-5")
+    from_batch = training or not spec.averages_batch
+    if backend in ("auto", "native") and not sizes:
+        given = (running_mean, running_var, from_batch, momentum)
+        y = direct.batch_norm(x, spec, weight, bias, *given, eps, act, residual)
+        if y is not None:
+            return y
     bound = _bound(spec, x, sizes or {})
     _check_shapes(spec, bound, x, weight, bias, running_mean, running_var, residual)
-    from_batch = training or not spec.averages_batch
     if from_batch:
         _check_count(spec, bound, tuple(x.shape))
         torchs = _by_torch(x, spec, bound, weight, bias, eps) if backend == "auto" else None
@@ -153,20 +159,19 @@ def normalize(
             f"'{spec}' in inference needs running_mean and running_var; pass training=True to use "
             "the statistics of the batch"
         )
-    given = (None, None) if from_batch else (running_mean, running_var)
+    used = (None, None) if from_batch else (running_mean, running_var)
     split = len(bound.shape) != x.dim()
     parts = x.reshape(bound.shape) if split else x
-    y: Tensor
     if spec.affine_is_owners or (weight is None and bias is None):
         added = residual.reshape(bound.shape) if split and residual is not None else residual
         owned = (_per_owner(weight, bound), _per_owner(bias, bound))
-        y, mean, var = norm(
-            parts, *owned, added, *given, bound.kept, eps, act.name, act.slope, backend
+        y, mean, var = norm_op(
+            parts, *owned, added, *used, bound.kept, eps, act.name, act.slope, backend
         )
         y = y.reshape(x.shape) if split else y
     else:
         wide = parts.to(torch.promote_types(x.dtype, torch.float32))
-        y, mean, var = norm(wide, None, None, None, *given, bound.kept, eps, "none", 0.0, backend)
+        y, mean, var = norm_op(wide, None, None, None, *used, bound.kept, eps, "none", 0.0, backend)
         y = _scale_and_shift(y, bound, weight, bias).reshape(x.shape)
         y = _after(y, act, residual).to(x.dtype)
     if from_batch and x.numel() > 0:

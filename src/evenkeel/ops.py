@@ -19,7 +19,7 @@ from .kernels.contract import Activation, Affine, Backend, accumulation_dtype
 from .kernels.select import choose, load
 from .view import View, logical_view, view_of
 
-__all__ = ["backward", "dense", "forward", "gradients", "keep", "norm_op"]
+__all__ = ["aligned", "dense", "norm_op"]
 
 
 @torch.library.custom_op("evenkeel::norm", mutates_args=())
@@ -62,7 +62,7 @@ def forward(
     x, view = dense(x, kept)
     verbs = _verbs(backend, view, x)
     act = Activation(activation, slope)
-    added = None if residual is None else _aligned(residual, x, view)
+    added = None if residual is None else aligned(residual, x, view)
     if mean is not None and var is not None:
         affine = _affine(view, x, weight, bias, mean, var, eps)
         y = verbs.apply(x, view, affine, act, added)
@@ -137,8 +137,8 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `norm_backward` returns, for an x that is dense."""
     verbs = _verbs(backend, view, x)
-    dy = _aligned(dy, x, view)
-    added = None if residual is None else _aligned(residual, x, view)
+    dy = aligned(dy, x, view)
+    added = None if residual is None else aligned(residual, x, view)
     dx, dresidual, sums = verbs.backward(dy, x, view, affine, act, added, from_batch)
     if dresidual is not None and act.name == "none":
         dresidual = dresidual.clone()  # it may be dy itself, and an op must not return its input
@@ -314,7 +314,7 @@ def dense(x: Tensor, kept: Sequence[int]) -> tuple[Tensor, View]:
     return x, view
 
 
-def _aligned(t: Tensor, x: Tensor, view: View) -> Tensor:
+def aligned(t: Tensor, x: Tensor, view: View) -> Tensor:
     """``t`` in the layout of x, copied only if it has another one."""
     if t.stride() == x.stride() or _view(t.shape, t.stride(), tuple(sorted(view.kept))) == view:
         return t

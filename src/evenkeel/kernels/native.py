@@ -18,12 +18,12 @@ from ..view import View
 from .contract import Activation, Affine, Composite, Moments, Sums
 from .reference import Reference
 
-__all__ = ["Native"]
+__all__ = ["ACTS", "BOTH", "FEW", "MAP", "REDUCE", "TYPES", "Native"]
 
-_TYPES: Final = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_ACTS: Final = {"none": 0, "relu": 1, "leaky_relu": 2, "relu6": 3, "silu": 4}
-_REDUCE, _MAP, _BOTH = 1, 2, 3
-_FEW: Final = 8
+TYPES: Final = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+ACTS: Final = {"none": 0, "relu": 1, "leaky_relu": 2, "relu6": 3, "silu": 4}
+REDUCE, MAP, BOTH = 1, 2, 3
+FEW: Final = 8
 """Of fewer values than this nearly all of dx cancels, so it is computed in float64."""
 
 
@@ -44,29 +44,29 @@ class Native(Composite):
     name = "native"
 
     def __init__(self) -> None:
-        self._c = _module()
+        self.module = _module()
         self._plain = Reference()
 
     def describe(self) -> str:
         """Which instructions and which threads."""
-        return f"{self._c.instructions()} instructions, threads of {self._c.pool()}"
+        return f"{self.module.instructions()} instructions, threads of {self.module.pool()}"
 
     def refuses(self, view: View, dtype: torch.dtype, device: torch.device) -> str | None:
         if device.type != "cpu":
             return f"it runs on the CPU, not on {device.type}"
-        if dtype not in _TYPES:
+        if dtype not in TYPES:
             return f"it has no kernels for {dtype}"
         if not view.is_four:
             return f"the memory has {len(view.sizes)} runs of axes, not four"
         return None
 
     def stats(self, x: Tensor, view: View) -> Moments:
-        mean, m2, invstd = torch.zeros(3, *view.kept_sizes, dtype=torch.float64)
+        memory = torch.zeros(3, *view.kept_sizes, dtype=torch.float64)
         if x.numel():
-            self._forward(x, view, Activation(), _REDUCE, None, None, None, None, mean, m2, invstd)
+            self._forward(x, view, Activation(), REDUCE, None, None, None, None, memory)
         elif view.count == 0:
-            mean.fill_(torch.nan)
-        return Moments(view.count, mean, m2)
+            memory[0] = torch.nan
+        return Moments(view.count, memory[0], memory[2] * view.count)
 
     def merge(self, parts: Sequence[Moments]) -> Moments:
         return self._plain.merge(parts)
@@ -77,8 +77,9 @@ class Native(Composite):
         if residual is not None and residual.dtype != x.dtype:
             return self._plain.apply(x, view, affine, act, residual)
         y = torch.empty_like(x)
-        mean, invstd, weight, bias = _ready(affine)
-        self._forward(x, view, act, _MAP, residual, y, weight, bias, mean, None, invstd)
+        mean, invstd, weight, bias = affine
+        memory = torch.stack((mean, invstd, invstd))
+        self._forward(x, view, act, MAP, residual, y, _flat(weight), _flat(bias), memory)
         return y
 
     def backward_reduce(
@@ -92,9 +93,9 @@ class Native(Composite):
     ) -> Sums:
         if _mixed(x, dy, residual):
             return self._plain.backward_reduce(dy, x, view, affine, act, residual)
-        sums = _zeros(view)
-        self._backward(dy, x, view, affine, act, residual, _REDUCE, True, None, None, *sums)
-        return sums
+        sums = torch.zeros(2, *view.kept_sizes, dtype=torch.float64)
+        self._backward(dy, x, view, affine, act, residual, REDUCE, True, None, None, sums)
+        return Sums(*sums)
 
     def backward_dx(
         self,
@@ -110,10 +111,9 @@ class Native(Composite):
             return self._plain.backward_dx(dy, x, view, affine, act, residual, sums)
         dx = torch.empty_like(x)
         dresidual = _dresidual(residual, dy, act)
-        given = sums or Sums(affine.mean, affine.mean)  # not read where there are none
+        given = None if sums is None else torch.stack(sums)
         self._backward(
-            *(dy, x, view, affine, act, residual, _MAP, sums is not None, dx, dresidual),
-            *(vector.contiguous() for vector in given),
+            *(dy, x, view, affine, act, residual, MAP, sums is not None, dx, dresidual, given)
         )
         return dx, dresidual
 
@@ -130,11 +130,9 @@ class Native(Composite):
         if x.numel() == 0 or (residual is not None and residual.dtype != x.dtype):
             return super().forward_training(x, view, weight, bias, eps, act, residual)
         y = torch.empty_like(x)
-        mean, m2, invstd = torch.empty(3, *view.kept_sizes, dtype=torch.float64)
-        self._forward(
-            *(x, view, act, _BOTH, residual, y, _flat(weight), _flat(bias), mean, m2, invstd), eps
-        )
-        return y, mean, m2 / view.count
+        memory = torch.empty(3, *view.kept_sizes, dtype=torch.float64)
+        self._forward(x, view, act, BOTH, residual, y, _flat(weight), _flat(bias), memory, eps)
+        return y, memory[0].clone(), memory[2].clone()  # outputs must not share memory
 
     def backward(
         self,
@@ -146,13 +144,13 @@ class Native(Composite):
         residual: Tensor | None,
         from_batch: bool,
     ) -> tuple[Tensor, Tensor | None, Sums]:
-        if _mixed(x, dy, residual) or view.count < _FEW:
+        if _mixed(x, dy, residual) or view.count < FEW:
             return self._plain.backward(dy, x, view, affine, act, residual, from_batch)
         dx = torch.empty_like(x)
         dresidual = _dresidual(residual, dy, act)
-        sums = _zeros(view)
-        self._backward(dy, x, view, affine, act, residual, _BOTH, from_batch, dx, dresidual, *sums)
-        return dx, dresidual, sums
+        sums = torch.zeros(2, *view.kept_sizes, dtype=torch.float64)
+        self._backward(dy, x, view, affine, act, residual, BOTH, from_batch, dx, dresidual, sums)
+        return dx, dresidual, Sums(*(s.clone() for s in sums))  # outputs must not share memory
 
     def _forward(
         self,
@@ -164,15 +162,14 @@ class Native(Composite):
         y: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        mean: Tensor,
-        m2: Tensor | None,
-        invstd: Tensor,
+        memory: Tensor,
         eps: float = 0.0,
     ) -> None:
-        self._c.forward(
+        self.module.forward(
             *view.sizes,
-            *(_TYPES[x.dtype], _ACTS[act.name], act.slope, eps, phases, torch.get_num_threads()),
-            *map(_address, (x, residual, y, weight, bias, mean, m2, invstd)),
+            *(TYPES[x.dtype], ACTS[act.name], act.slope, phases, torch.get_num_threads(), eps),
+            *(x.data_ptr(), _address(residual), _address(y), 0),
+            *(_address(weight), _address(bias), False, memory.data_ptr(), 0, 0, False, 0.0),
         )
 
     def _backward(
@@ -187,24 +184,18 @@ class Native(Composite):
         from_batch: bool,
         dx: Tensor | None,
         dresidual: Tensor | None,
-        sum_dz: Tensor,
-        sum_dz_xhat: Tensor,
+        sums: Tensor | None,
     ) -> None:
-        mean, invstd, weight, bias = _ready(affine)
+        mean, invstd, weight, bias = (_flat(vector) for vector in affine)
         if act.name == "none":
             residual = dresidual = None  # its gradient is dy, and its value changes nothing
-        tensors = (dy, x, residual, dx, dresidual, weight, bias, mean, invstd, sum_dz, sum_dz_xhat)
-        self._c.backward(
+        self.module.backward(
             *view.sizes,
-            *(_TYPES[x.dtype], _ACTS[act.name], act.slope, from_batch),
-            *(phases, torch.get_num_threads()),
-            *map(_address, tensors),
+            *(TYPES[x.dtype], ACTS[act.name], act.slope, phases, torch.get_num_threads()),
+            *(from_batch, dy.data_ptr(), x.data_ptr(), _address(residual), 0),
+            *(_address(dx), _address(dresidual), _address(weight), _address(bias), False),
+            *(_address(mean), _address(invstd), _address(sums), 0, 0),
         )
-
-
-def _zeros(view: View) -> Sums:
-    """Two tensors, for the outputs of an op must not share memory."""
-    return Sums(*(torch.zeros(view.kept_sizes, dtype=torch.float64) for _ in range(2)))
 
 
 def _address(t: Tensor | None) -> int:
@@ -213,11 +204,6 @@ def _address(t: Tensor | None) -> int:
 
 def _flat(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
-
-
-def _ready(affine: Affine) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    mean, invstd, weight, bias = affine
-    return mean.contiguous(), invstd.contiguous(), _flat(weight), _flat(bias)
 
 
 def _dresidual(residual: Tensor | None, dy: Tensor, act: Activation) -> Tensor | None:
