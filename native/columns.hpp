@@ -38,8 +38,8 @@ struct Columns {
   // How many rows to take as one.
   static Index together(const Problem& p) {
     Index n = 1;
-    while (n * p.k2 % L != 0) n *= 2;
-    return n > 1 && p.r1 >= n * rows && n * p.k2 <= 4096 ? n : 1;
+    while (n * p.k2 % L != 0 || n * p.k2 < 256) n *= 2;
+    return p.r1 >= n * rows && n * p.k2 <= 4096 ? n : 1;
   }
 
   static Index padded(Index n) { return (n + L - 1) / L * L; }

@@ -68,12 +68,12 @@ struct Rows {
   static const T* in(const void* tensor, Index at) { return static_cast<const T*>(tensor) + at; }
   static T* out(void* tensor, Index at) { return static_cast<T*>(tensor) + at; }
 
-  // The mask has whole bytes for each vector, and a vector more for each run than fits into it.
+  // The mask lies owner by owner. It has whole bytes for each vector, and a vector more for each run
+  // than fits into it.
   static constexpr Index bytes = L < 8 ? 1 : L / 8;
   static Index mask_stride(const Problem& p) { return ((p.r2 + L - 1) / L + 1) * bytes; }
   std::uint8_t* mask(Index run, Index j) const {
-    const Index run_of_tensor = ((owner / p.k2) * p.r1 + run) * p.k2 + owner % p.k2;
-    return p.mask + run_of_tensor * mask_stride(p) + (place(run, 0) % L + j) / L * bytes;
+    return p.mask + (owner * p.r1 + run) * mask_stride(p) + (place(run, 0) % L + j) / L * bytes;
   }
   static unsigned read_bits(const std::uint8_t* q) {
     return bytes == 2 ? q[0] | unsigned{q[1]} << 8 : q[0];
@@ -98,6 +98,7 @@ struct Rows {
     }
   }
   INLINE static void foresee(const T* q, Index ahead) { __builtin_prefetch(q + ahead); }
+  INLINE static void foresee_store(T* q, Index ahead) { __builtin_prefetch(q + ahead, 1); }
 
   // Calls f(first run, runs, offset in the run, length) for parts of about one tile.
   template <class F>
@@ -187,12 +188,14 @@ struct Rows {
     const auto k = Constants<C>::of(p, owner, false);
     const C slope = static_cast<C>(p.slope);
     const bool keeps = R && has_mask(A) && p.mask;
-    const auto each = [&](Index i, Index start, const Cut<L>& cut, Index) INLINE {
+    const auto each = [&](Index i, Index start, const Cut<L>& cut, Index ahead) INLINE {
       const T *x = in(p.x, start), *r = R ? in(p.residual, start) : nullptr;
       T* y = out(p.y, start);
       std::uint8_t* bits = keeps ? mask(i, s.j0) : nullptr;
       const Index lead = start % L;
       auto value = [&](Index at, V v, V added) INLINE {
+        if constexpr (R) foresee(r + at, ahead);
+        if (!stream) foresee_store(y + at, ahead);
         V z = (v - k.high) * k.scale + k.shift;
         if constexpr (R) z += added;
         if (R && has_mask(A) && keeps)
@@ -269,13 +272,15 @@ struct Rows {
     const C slope = static_cast<C>(p.slope);
     constexpr bool adds = R == Source::sum && A != Act::none;
     const bool writes_dr = R != Source::x && p.dresidual;
-    const auto each = [&](Index i, Index start, const Cut<L>& cut, Index) INLINE {
+    const auto each = [&](Index i, Index start, const Cut<L>& cut, Index ahead) INLINE {
       const T *x = in(p.x, start), *dy = in(p.dy, start);
       const T* r = adds ? in(p.residual, start) : nullptr;
       T *dx = out(p.dx, start), *dr = writes_dr ? out(p.dresidual, start) : nullptr;
       const std::uint8_t* bits = R == Source::mask ? mask(i, s.j0) : nullptr;
       const Index lead = start % L;
       auto both = [&](Index at, V v, V g, V added, auto write) INLINE {
+        if (!stream) foresee_store(dx + at, ahead);
+        if (R != Source::x && writes_dr && !stream) foresee_store(dr + at, ahead);
         const V d = v - k.high;
         const V dz = dz_of<A, R>(k, d, g, added, bits, (lead + at) / L, slope);
         if constexpr (B) {
