@@ -104,6 +104,15 @@ void by_columns(const Problem& p, Index bytes, Reduce reduce_part, Finish finish
   }
 }
 
+// Whether what is written is too large to be found in the cache, in pieces that are mostly whole
+// lines: of parts of lines, stores past the cache are slow.
+template <class T>
+bool streams(const Problem& p, bool in_order) {
+  const Index size = sizeof(T), run = p.r2 * size;
+  return p.owners() * p.count() * size >= stream_from(in_order) &&
+         (in_order || run % 64 == 0 || run >= 768);
+}
+
 // Whether a tensor begins on a boundary of a vector; a null one does.
 template <class T>
 bool on_boundary(const void* tensor) {
@@ -117,10 +126,10 @@ bool on_boundary(const Columns<T>& columns) {
 template <class T, Act A, bool R>
 void forward(const Problem& p) {
   const Index bytes = (R ? 3 : 2) * sizeof(T);
-  const bool stream =
-      p.owners() * p.count() * Index(sizeof(T)) >= stream_from() && on_boundary<T>(p.y);
+  const bool by_runs = p.r2 > 1 || p.k2 == 1;
+  const bool stream = streams<T>(p, !by_runs) && on_boundary<T>(p.y);
   const Index parts = std::max(1, p.threads);
-  if (p.r2 > 1 || p.k2 == 1) {
+  if (by_runs) {
     std::vector<Moments> partial(p.owners() * parts);
     by_rows(
         p, bytes,
@@ -156,10 +165,11 @@ template <class T, Act A, Source R>
 void backward(const Problem& p) {
   using C = typename Storage<T>::C;
   const Index bytes = (R == Source::x ? 3 : R == Source::sum ? 5 : 4) * sizeof(T);
-  const bool stream = p.owners() * p.count() * Index(sizeof(T)) >= stream_from() &&
-                      on_boundary<T>(p.dx) && on_boundary<T>(p.dresidual);
+  const bool by_runs = p.r2 > 1 || p.k2 == 1;
+  const bool stream =
+      streams<T>(p, !by_runs) && on_boundary<T>(p.dx) && on_boundary<T>(p.dresidual);
   const Index parts = std::max(1, p.threads);
-  if (p.r2 > 1 || p.k2 == 1) {
+  if (by_runs) {
     std::vector<double> partial(2 * p.owners() * parts, 0.0);
     by_rows(
         p, bytes,

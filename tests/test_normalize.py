@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from evenkeel.errors import BackendError, ConfigError, PatternError, ShapeError
-from evenkeel.functional import normalize
+from evenkeel.functional import batch_norm, normalize
 from evenkeel.pattern import parse
 
 from .strategies import Case, cases
@@ -329,3 +329,40 @@ def test_one_value_per_owner_is_refused_for_samples_too(pattern: str) -> None:
 )
 def test_empty_batches_of_every_kind(pattern: str) -> None:
     assert normalize(torch.empty(0, 6, 3, 5), pattern).shape == (0, 6, 3, 5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize(
+    "pattern", ["n c ... -> c", "n c h w -> c h w", "n c h w -> n", "n c h w -> h"]
+)
+def test_in_place(pattern, backend, training) -> None:
+    torch.manual_seed(0)
+    x, residual = torch.randn(2, 5, 4, 3, 3).unbind()
+    shape = {"n c ... -> c": (4,), "n c h w -> c h w": (4, 3, 3), "n c h w -> h": (3,)}
+    running = {}
+    if pattern in shape:
+        running = {"running_mean": torch.ones(shape[pattern]), "running_var": torch.ones(1) * 4}
+        running["running_var"] = running["running_var"].expand(shape[pattern]).clone()
+    settings = {"training": training, "activation": "relu", "residual": residual}
+    settings["backend"] = backend
+    copies = {name: t.clone() for name, t in running.items()}
+    wanted = normalize(x, pattern, **copies, **settings)
+    before, version = x.data_ptr(), x._version
+    y = normalize(x, pattern, **running, **settings, inplace=True)
+    assert y is x
+    assert (x.data_ptr(), x._version > version) == (before, True)
+    torch.testing.assert_close(x, wanted, rtol=0, atol=0)
+    for name, t in running.items():
+        torch.testing.assert_close(t, copies[name], rtol=0, atol=0)
+
+
+def test_in_place_is_refused_where_backward_needs_x() -> None:
+    x = torch.randn(8, 3, 4, 4)
+    weight = torch.ones(3, requires_grad=True)
+    before = x.clone()
+    with pytest.raises(ConfigError, match="inplace=True would write over x, which backward needs"):
+        batch_norm(x, weight, training=True, inplace=True)
+    assert torch.equal(x, before)
+    with torch.no_grad():
+        assert batch_norm(x, weight, training=True, inplace=True) is x

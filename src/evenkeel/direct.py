@@ -64,6 +64,7 @@ def batch_norm(
     eps: float,
     act: Activation,
     residual: Tensor | None,
+    inplace: bool,
 ) -> Tensor | None:
     """What `evenkeel.functional.normalize` computes, or None if this is not the way.
 
@@ -86,7 +87,9 @@ def batch_norm(
     given = (x, weight, bias, residual)
     running = (running_mean, running_var, float(momentum))
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in given):
-        return _forward(*given, call, None, *running)
+        if inplace:
+            torch.autograd.graph.increment_version(x)
+        return _forward(*given, call, None, *running, y=x if inplace else None)
     y: Tensor = _Fused.apply(*given, call, running)  # type: ignore[no-untyped-call]
     if recompute.active():
         again = partial(_forward, call=call, mask=None, phases=MAP)
@@ -174,9 +177,11 @@ def _forward(
     running_var: Tensor | None = None,
     momentum: float = 0.0,
     phases: int | None = None,
+    y: Tensor | None = None,
 ) -> Tensor:
     plan, act, eps, from_batch, memory = call
-    y = torch.empty_like(x)
+    if y is None:
+        y = torch.empty_like(x)
     if phases is None:
         phases = BOTH if from_batch else MAP
     _kernels().forward(

@@ -39,6 +39,7 @@ def batch_norm(
     activation: str | tuple[str, float] | None = None,
     residual: Tensor | None = None,
     backend: str = "auto",
+    inplace: bool = False,
 ) -> Tensor:
     """Spatial batch normalization, one mean and variance per channel.
 
@@ -61,6 +62,7 @@ def batch_norm(
         activation: None, 'relu', 'leaky_relu' (or ('leaky_relu', slope)), 'relu6' or 'silu'.
         residual: a tensor like x, added before the activation.
         backend: 'auto', or a name from `evenkeel.kernels.select.backends`.
+        inplace: True to write y over x, which no gradient may then need.
 
     Returns:
         y, like x. Its backward returns the gradients of x, weight, bias and residual and changes
@@ -68,7 +70,7 @@ def batch_norm(
 
     Raises:
         ShapeError: a shape does not fit, or training would take a variance of one value.
-        ConfigError: the activation is unknown, or eps is negative.
+        ConfigError: the activation is unknown, eps is negative, or x cannot be written over.
         BackendError: the named backend cannot run the call.
 
     Reference: Ioffe & Szegedy 2015, algorithms 1 and 2, section 3.2 for the axes.
@@ -86,6 +88,7 @@ def batch_norm(
         activation=activation,
         residual=residual,
         backend=backend,
+        inplace=inplace,
     )
 
 
@@ -104,6 +107,7 @@ def normalize(
     activation: str | tuple[str, float] | None = None,
     residual: Tensor | None = None,
     backend: str = "auto",
+    inplace: bool = False,
     sizes: Mapping[str, int] | None = None,
 ) -> Tensor:
     """Normalizes over every axis that does not own a statistic.
@@ -122,7 +126,7 @@ def normalize(
             averaged). See `batch_norm` for the update rule; the variance kept is the unbiased one.
         training: for a batch norm, False to use the running statistics. A norm that owns the batch
             axis always uses the statistics of x.
-        momentum, eps, activation, residual, backend: as in `batch_norm`.
+        momentum, eps, activation, residual, backend, inplace: as in `batch_norm`.
         sizes: axis sizes to insist on; needed to split a dimension, as in ``{'g': 8}``.
 
     Returns:
@@ -132,8 +136,8 @@ def normalize(
         PatternError: the pattern is no normalization, or owns the batch axis and was given running
             statistics.
         ShapeError: a shape does not fit, or a variance would be taken of one value.
-        ConfigError: the activation is unknown, eps is negative, or an affine pattern was given
-            with a parsed one.
+        ConfigError: the activation is unknown, eps is negative, x cannot be written over, or an
+            affine pattern was given with a parsed one.
     """
     spec = _parsed(pattern, affine)
     act = activation_of(activation)
@@ -141,10 +145,12 @@ def normalize(
         raise ShapeError(f"a norm needs a floating tensor but got {x.dtype}; use x.float()")
     if not eps >= 0:
         raise ConfigError(f"eps must be 0 or more but is {eps}; the usual one is 1e-5")
+    if inplace:
+        _check_writable(x, weight, bias, residual)
     from_batch = training or not spec.averages_batch
     if backend in ("auto", "native") and not sizes:
         given = (running_mean, running_var, from_batch, momentum)
-        y = direct.batch_norm(x, spec, weight, bias, *given, eps, act, residual)
+        y = direct.batch_norm(x, spec, weight, bias, *given, eps, act, residual, inplace)
         if y is not None:
             return y
     bound = _bound(spec, x, sizes or {})
@@ -153,7 +159,8 @@ def normalize(
         _check_count(spec, bound, tuple(x.shape))
         torchs = _by_torch(x, spec, bound, weight, bias, eps) if backend == "auto" else None
         if torchs is not None:
-            return _after(torchs, act, residual).to(x.dtype)
+            y = _after(torchs, act, residual).to(x.dtype)
+            return x.copy_(y) if inplace else y
     elif running_mean is None or running_var is None:
         raise ShapeError(
             f"'{spec}' in inference needs running_mean and running_var; pass training=True to use "
@@ -179,7 +186,15 @@ def normalize(
             if running_mean is not None and running_var is not None:
                 _remember(running_mean, mean, momentum)
                 _remember(running_var, var * (bound.count / (bound.count - 1)), momentum)
-    return y
+    return x.copy_(y) if inplace else y
+
+
+def _check_writable(x: Tensor, *others: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
+        raise ConfigError(
+            "inplace=True would write over x, which backward needs; call it under torch.no_grad(), "
+            "or with tensors that need no gradient"
+        )
 
 
 def _remember(running: Tensor, new: Tensor, momentum: float | Tensor) -> None:
