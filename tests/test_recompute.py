@@ -172,6 +172,22 @@ def test_an_output_is_dropped_when_all_who_keep_it_have_asked():
     assert seen[1]() is None
 
 
+def test_an_output_that_was_given_other_memory_is_not_mistaken():
+    """Its own memory may be another tensor's by then."""
+    x, gamma = torch.randn(2, 4, 3, 3, requires_grad=True), torch.rand(4)
+    found = []
+    for context in (torch.enable_grad(), recomputing()):
+        with context:
+            y = scale(x, gamma)
+            loss = torch.zeros(())
+            y.data = torch.zeros(1)
+            for place in range(20):  # one of them gets what y had
+                other = x * place
+                loss = loss + other.square().sum()
+        found.append(torch.autograd.grad(loss, x)[0])
+    assert torch.equal(*found)
+
+
 def test_who_goes_without_asking_is_not_waited_for():
     x, gamma = torch.randn(2, 4, 3, 3, requires_grad=True), torch.ones(4, requires_grad=True)
     seen: list[weakref.ref] = []
@@ -184,12 +200,14 @@ def test_who_goes_without_asking_is_not_waited_for():
     with recomputing():
         y = Scale.apply(x, gamma, None)
         offer(y, again, x, gamma, None)
-        one, other = y.square().sum(), y.square().mean()
+        one, two, other = y.square().sum(), y.square().mean(), y.pow(3).sum()
     del y
-    one.backward()
+    one.backward(retain_graph=True)
+    two.backward(retain_graph=True)
     assert seen[0]() is not None
     del other
     assert seen[0]() is None
+    assert len(seen) == 1
 
 
 def test_views_are_promised_too():
@@ -353,6 +371,22 @@ def test_retained_graphs_and_second_derivatives():
     same(inside, twice(net()))
 
 
+def test_again_runs_without_grad():
+    x, gamma = torch.randn(2, 4, 3, 3, requires_grad=True), torch.rand(4)
+    modes = []
+
+    def again(*inputs: Tensor) -> Tensor:
+        modes.append(torch.is_grad_enabled())
+        return scaled(*inputs)
+
+    with recomputing():
+        y = Scale.apply(x, gamma, None)
+        offer(y, again, x, gamma, None)
+        loss = y.pow(3).sum()
+    torch.autograd.grad(loss, x, create_graph=True)
+    assert modes == [False]
+
+
 def test_second_derivatives_are_those_of_finite_differences():
     x = torch.randn(2, 2, 2, 2, dtype=torch.float64)
     gamma = torch.rand(2, dtype=torch.float64) + 0.5
@@ -377,6 +411,10 @@ def test_nothing_outlives_the_graph():
         del y
         assert gone[1]() is None
         assert not inside.offers
+        kept_on = scale(net.image, net.gammas[3])
+        assert len(inside.offers) == 1
+    assert not inside.offers
+    del kept_on
     gc.disable()  # there must be no circle that only the collector can undo
     try:
         del x
@@ -395,6 +433,10 @@ def test_a_graph_that_is_thrown_away_is_freed():
         before = tensors_alive()
         loss = in_region(net)
         assert tensors_alive() > before
+        del loss
+        assert tensors_alive() == before
+        with recomputing():
+            loss = net().exp()  # which keeps its own output
         del loss
         assert tensors_alive() == before
         in_region(net).backward()
@@ -431,11 +473,14 @@ def test_hooks_outside_see_what_is_kept_and_hooks_inside_win():
         loss = in_region(net)
     same(gradients(loss, net), wanted)
     COUNT["again"] = 0
-    with recomputing(), save_on_cpu():
+    with recomputing() as outside, save_on_cpu():
+        y = scale(net.image, net.gammas[0])
+        assert not outside.offers
         loss = net()
     COUNT["again"] = 0
     same(gradients(loss, net), wanted)
     assert COUNT["again"] == 0
+    assert y.requires_grad
 
 
 def test_regions_in_one_another():
@@ -522,6 +567,29 @@ def test_threads_are_apart():
     thread.start()
     thread.join()
     same(found["late"], wanted)
+
+
+@pytest.mark.gpu
+def test_another_stream_computes_for_itself():
+    """It could read the value of the first stream before it is there."""
+    x = torch.randn(2, 4, 64, 64, device="cuda", requires_grad=True)
+    gamma = torch.rand(4, device="cuda")
+    other = torch.cuda.Stream()
+
+    def run() -> Tensor:
+        y = scale(x, gamma)
+        other.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(other):
+            cube = y.pow(3).sum()
+        torch.cuda.current_stream().wait_stream(other)
+        return y.square().sum() + y.pow(4).sum() + cube
+
+    wanted = torch.autograd.grad(run(), x)
+    with recomputing():
+        loss = run()
+    COUNT["again"] = 0
+    same(list(torch.autograd.grad(loss, x)), list(wanted))
+    assert COUNT["again"] >= 2
 
 
 def test_backward_inside_the_region():

@@ -17,23 +17,29 @@ So a network that cannot be traced as a whole is treated module by module withou
 
 from __future__ import annotations
 
-import copy
-import operator
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-import torch.nn.functional as F
+import torch
 from torch import fx, nn
 
+from ..allocator import check as check_allocator
+from ..allocator import keep_blocks, status
 from ..errors import SurgeryError
 from .blocks import Blocks
 from .comparing import Difference, compare
-from .graph import copied, module_of
+from .freeze import is_frozen, kind_like
+from .graph import copied
+from .layout import Layout, convert, convert_back, is_laid_out, lay_out
+from .layout import check as check_layout
+from .low_memory import check as check_memory
+from .low_memory import install, is_installed, kept_on, uninstall
 from .matching import OURS, Activation, Match, find, find_written
 from .own_forward import is_sequential
 from .remade import Remade, recipe, remake, unmake
+from .rewriting import WAS, graph_as_before, rewriting
 
 __all__ = ["Accelerated", "accelerate", "restore"]
 
@@ -48,8 +54,6 @@ def forward(self, input, residual=None):
         input = module(input)
     return modules[-1](input, residual)
 """
-_WAS = "_was_before_acceleration"
-"""The attribute that holds the class that a norm had. Made classes know it themselves."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,11 @@ class Accelerated:
     ``output`` is the largest difference of outputs and running statistics, ``gradient`` that of the
     gradients of parameters and inputs, in training and inference; ``budget`` is what was allowed,
     relative to the largest value of the tensor. All three are None without an example.
+
+    ``layout`` is what became of the weights' layout, None if that was not asked for; ``allocator``
+    says that this call has set the process's allocator, None if it did not; ``memory`` is 'low' if
+    backward computes activations again, else 'full'. ``kept`` is how many bytes are kept for
+    backward when the network trains on the example, then and now; None unless memory is low.
     """
 
     swapped: tuple[tuple[str, str], ...]
@@ -66,11 +75,22 @@ class Accelerated:
     output: Difference | None
     gradient: Difference | None
     budget: float | None
+    layout: Layout | None = None
+    allocator: str | None = None
+    memory: str = "full"
+    kept: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         lines = [f"{len(self.swapped)} norms swapped, {len(self.left)} left as they are"]
         lines += [f"  {name}: {what}" for name, what in self.swapped]
         lines += [f"  {name}: {reason}" for name, reason in self.left]
+        lines += [f"  {self.layout}"] if self.layout else []
+        lines += [f"  allocator: {self.allocator}"] if self.allocator else []
+        if self.memory == "low":
+            lines.append("  low memory: backward computes what norms have handed on again")
+        if self.kept is not None:
+            before, now = (f"{size / 1e6:.3g} MB" for size in self.kept)
+            lines.append(f"  training on the example keeps {now} for backward, {before} before")
         if self.output is None or self.gradient is None or self.budget is None:
             return "\n".join([*lines, "  not compared, for there was no example"])
         lines.append(f"  largest output difference {self.output}")
@@ -99,7 +119,16 @@ class _Plan:
     left: list[tuple[str, str]] = field(default_factory=list)
 
 
-def accelerate(model: M, example: Any = None, *, inplace: bool = False) -> tuple[M, Accelerated]:
+def accelerate(
+    model: M,
+    example: Any = None,
+    *,
+    inplace: bool = False,
+    memory_format: torch.memory_format | str = "keep",
+    seconds: float = 4.0,
+    allocator: str = "keep",
+    memory: str = "full",
+) -> tuple[M, Accelerated]:
     """The network with torch's batch norms swapped for ours, and what was done.
 
     A norm takes over the activation behind it (ReLU, ReLU6, LeakyReLU, SiLU), or the sum and the
@@ -111,31 +140,56 @@ def accelerate(model: M, example: Any = None, *, inplace: bool = False) -> tuple
     Convert to SyncBatchNorm before: torch builds its norms anew, without what ours have taken over,
     so ours refuse.
 
+    The weights of convolutions can be laid out in channels_last, where training is faster on many
+    machines; inputs may come as before. They stay the same parameters, so that optimizers and state
+    dicts do not notice. Outputs keep their values but for rounding, not their strides, and a
+    dropout with the same seed drops other values, for torch draws in the order of memory.
+
     Args:
         model: any network.
         example: an input, a tuple of inputs or a dict of inputs by name. With one, both networks
             run it in training and in inference and are compared, which takes copies of the network.
         inplace: True to edit the given network instead of a copy.
+        memory_format: 'keep' leaves the layout of the weights; torch.channels_last (for weights of
+            five dimensions channels_last_3d) or torch.contiguous_format sets it; 'auto' times
+            training steps on the example in both and changes it where that pays by more than the
+            noise.
+        seconds: about how long 'auto' may measure, at most.
+        allocator: 'keep' makes glibc keep large blocks in this process, see `evenkeel.allocator`,
+            if the network is on the CPU and the user has not set up an allocator by other means;
+            'default' leaves it as it is.
+        memory: 'low' keeps for backward what goes into a norm, but not what comes out of it and
+            into the next layer: backward computes that again, in the same bits, whenever the
+            network itself is called. A training step takes a little longer. 'full' keeps both.
 
     Returns:
         the network and the report.
 
     Raises:
+        ConfigError: an unknown memory_format, allocator or memory, or 'auto' without an example.
         SurgeryError: the network is accelerated already, cannot be copied, cannot run the example,
             or would compute something else. It is as it was before.
     """
+    check_layout(memory_format, example, seconds)
+    check_allocator(allocator)
+    check_memory(memory)
     _refuse_accelerated(model)
     plan = _planned(copied(model))
+    if memory == "low":
+        plan.edits[""] = partial(install, before=plan.edits.get(""))
     own = copied(model)
     _carry_out(own, plan)
-    output = gradient = budget = None
+    output = gradient = budget = kept = None
     if example is not None:
         output, gradient, budget = compare(model, own, example)
+        kept = (kept_on(model, example), kept_on(own, example)) if memory == "low" else None
+    said = _keep_blocks(model) if allocator == "keep" else None
+    layout = lay_out(own, memory_format, example, seconds)
     if inplace:
-        _carry_out(model, plan)
+        _carry_out_in_place(model, plan, layout)
         own = model
-    report = Accelerated(tuple(plan.swapped), tuple(plan.left), output, gradient, budget)
-    return own, report
+    done = (tuple(plan.swapped), tuple(plan.left))
+    return own, Accelerated(*done, output, gradient, budget, layout, said, memory, kept)
 
 
 def restore(model: M, *, inplace: bool = False) -> M:
@@ -152,15 +206,17 @@ def restore(model: M, *, inplace: bool = False) -> M:
     modules = list(own.modules())
     for module in modules:
         if isinstance(module, fx.GraphModule):
-            _graph_as_before(module)
+            graph_as_before(module)
     for module in modules:
         _undo(module)
+    convert_back(own)
     return own
 
 
 def _refuse_accelerated(model: nn.Module) -> None:
     for path, module in model.named_modules():
-        if isinstance(module, Remade) or _WAS in vars(module):
+        changed = WAS in vars(module) or is_laid_out(module) or is_installed(module)
+        if isinstance(module, Remade) or changed:
             raise SurgeryError(
                 f"{type(model).__name__} is accelerated already (see '{path}'); give the network "
                 "that evenkeel.restore makes of it"
@@ -183,12 +239,32 @@ def _carry_out(model: nn.Module, plan: _Plan) -> None:
         raise
 
 
+def _carry_out_in_place(model: nn.Module, plan: _Plan, layout: Layout | None) -> None:
+    if layout is not None and layout.changed:
+        convert(model, layout.chosen)
+    try:
+        _carry_out(model, plan)
+    except BaseException:
+        convert_back(model)
+        raise
+
+
+def _keep_blocks(model: nn.Module) -> str | None:
+    """What the report says of the allocator: something only if this is the call that set it."""
+    on_cpu = any(t.device.type == "cpu" for t in (*model.parameters(), *model.buffers()))
+    if not on_cpu or status().keeps:
+        return None
+    found = keep_blocks()
+    return f"{found.text}; evenkeel.allocator.default_blocks() undoes it" if found.keeps else None
+
+
 def _undo(module: nn.Module) -> None:
     """Makes one module what it was, but for a GraphModule's graph."""
+    uninstall(module)
     unmake(module)
-    was = vars(module).pop(_WAS, None)
+    was = vars(module).pop(WAS, None)
     if was is not None:
-        module.__class__ = was
+        module.__class__ = kind_like(module, was)
         vars(module).pop("activation", None)
 
 
@@ -220,7 +296,7 @@ def _planned(model: nn.Module) -> _Plan:
         was = type(act)
         plan.edits[blocks.paths[act]] = partial(remake, recipe=recipe(was, _HAND_ON, {}))
     for block_path, found in rewritten.items():
-        plan.edits[block_path] = _rewriting(blocks, block_path, found, passing)
+        plan.edits[block_path] = rewriting(blocks, block_path, found, passing)
     _plan_norms(blocks, plan, taken, reasons)
     return plan
 
@@ -263,6 +339,8 @@ def _plan_norms(
 
 def _swap_problem(norm: nn.Module) -> str | None:
     kind = type(norm)
+    if is_frozen(norm):
+        return "it is frozen; unfreeze it, accelerate, freeze it again"
     if hasattr(norm, "parametrizations"):
         return "it has parametrizations"
     if kind not in OURS and kind not in OURS.values():
@@ -281,62 +359,7 @@ def _said(kind: type[nn.Module], taken: _Taken | None) -> str:
 
 
 def _swap(norm: Any, ours: type[nn.Module], activation: Activation | None) -> None:
-    vars(norm)[_WAS] = type(norm)
+    vars(norm)[WAS] = type(norm)
     norm.__class__ = ours
     if activation is not None:
         norm.activation = activation
-
-
-def _rewriting(blocks: Blocks, path: str, matches: list[Match], passing: list[nn.Module]) -> _Edit:
-    """The edit that gives a module the forward in which norms have taken over."""
-    graph = blocks.graphs[path]
-    for match in matches:
-        call, add, act = match.call, match.add, match.act
-        if add is not None:
-            residual = next(arg for arg in add.args if arg is not call)
-            with graph.inserting_before(add):
-                both = graph.create_node("call_module", call.target, (call.args[0], residual))
-            add.replace_all_uses_with(both)
-            graph.erase_node(add)
-            graph.erase_node(call)
-        if blocks.called(path, act) not in passing:
-            act.replace_all_uses_with(act.all_input_nodes[0])
-            graph.erase_node(act)
-    graph.lint()
-    block = blocks.model.get_submodule(path)
-    if isinstance(block, fx.GraphModule):
-        return partial(_regraph, graph=graph)
-    code = graph.python_code("self")
-    return partial(remake, recipe=recipe(type(block), code.src, code.globals))
-
-
-def _regraph(block: fx.GraphModule, graph: fx.Graph) -> None:
-    # A GraphModule writes its forward anew from its graph when it is copied, so the graph changes.
-    block.graph = copy.deepcopy(graph)
-
-
-def _graph_as_before(block: fx.GraphModule) -> None:
-    """Writes what norms have taken over into the graph again.
-
-    A GraphModule that is copied or pickled forgets all that it does not call, so there is no place
-    to keep the graph that it had.
-    """
-    for node in list(block.graph.nodes):
-        norm: Any = module_of(node)
-        activation = getattr(norm, "activation", None)
-        if norm is None or _WAS not in vars(norm) or activation is None:
-            continue
-        users = list(node.users)
-        handed_on = any(isinstance(module_of(user), Remade) for user in users)
-        value = node
-        if len(node.args) > 1:
-            node.args, residual = node.args[:1], node.args[1]
-            with block.graph.inserting_after(value):
-                value = block.graph.call_function(operator.add, (node, residual))
-        if not handed_on:
-            name, *slope = activation if isinstance(activation, tuple) else (activation,)
-            with block.graph.inserting_after(value):
-                value = block.graph.call_function(getattr(F, name), (value, *slope))
-        for user in users:
-            user.replace_input_with(node, value)
-    block.recompile()

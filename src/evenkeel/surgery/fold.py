@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from ..errors import SurgeryError
 from ..nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Norm, PerActivationBatchNorm
 from .accelerate import restore
+from .freeze import unfreeze
 from .graph import (
     LAYERS,
     NORMS,
@@ -95,6 +96,7 @@ def fold(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, FoldReport]
             the budget; the given model is untouched in any case.
     """
     original = restore(model).eval()  # an accelerated norm does more than a norm
+    unfreeze(original)  # in inference it is a norm like any other
     traced = trace(original, example, inference=True)
     folded: list[tuple[str, str]] = []
     left: dict[str, str] = {}  # a norm called twice is one norm
