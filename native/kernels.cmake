@@ -1,0 +1,24 @@
+# add_kernels(TARGET SOURCE [OPTIONS...]) compiles kernels.cpp, or a source that includes it, once
+# for each instruction set, and adds all builds to TARGET; machine.cpp chooses one at run time.
+# KERNELS are then the names of the builds, those of their targets being kernels_<name>.
+function(add_kernels target source)
+  set(names baseline)
+  set(flags_avx2 -mavx2 -mfma -mf16c)
+  set(flags_avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c
+      -mprefer-vector-width=512 -Wno-uninitialized -Wno-maybe-uninitialized)
+  if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
+    target_compile_definitions(${target} PRIVATE EVENKEEL_X86)
+    list(APPEND names avx2 avx512)
+  endif()
+  foreach(isa ${names})
+    add_library(kernels_${isa} OBJECT ${source})
+    target_compile_features(kernels_${isa} PRIVATE cxx_std_20)
+    target_compile_definitions(kernels_${isa} PRIVATE EVENKEEL_ISA=${isa})
+    target_compile_options(kernels_${isa} PRIVATE -O3 -fno-math-errno -ffp-contract=fast
+                           -fvisibility=hidden -Wall -Wextra -Wno-psabi -Wno-ignored-attributes
+                           ${flags_${isa}} ${ARGN})
+    set_target_properties(kernels_${isa} PROPERTIES POSITION_INDEPENDENT_CODE ON)
+    target_sources(${target} PRIVATE $<TARGET_OBJECTS:kernels_${isa}>)
+  endforeach()
+  set(KERNELS ${names} PARENT_SCOPE)
+endfunction()
