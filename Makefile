@@ -11,7 +11,9 @@ help:
 	@echo "make study   install into .venv and run the default study (a minute on 2 cores)"
 	@echo "make test    install what the tests need and run them all, lint and types included"
 	@echo "make check   lint and types only"
-	@echo "make clean   remove .venv and caches; runs/ is kept"
+	@echo "make sanitize  drive the C++ kernels under sanitizers (four minutes; CASES=$(CASES) SEED=$(SEED))"
+	@echo "make huge    drive the C++ kernels on tensors of more than 2^31 values (Linux)"
+	@echo "make clean   remove .venv, build and caches; runs/ is kept"
 
 study: .venv/installed
 	$(BIN)/evenkeel study
@@ -45,5 +47,32 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 	@$(PIP) --editable ".[test]"
 	@touch $@ .venv/installed
 
+# The C++ kernels without Python: native/README.md says what is checked.
+CASES ?= 400
+SEED ?= 1
+ifeq ($(origin CXX),default)
+CXX := c++
+endif
+CHECKED := build/check-$(notdir $(CXX))
+
+$(CHECKED)-%: FORCE
+	cmake -S native/check -B $@ -DCMAKE_CXX_COMPILER=$(CXX) -DSANITIZE=$(SANITIZE) >/dev/null
+	cmake --build $@ --parallel 2
+
+$(CHECKED)-address: SANITIZE := address
+$(CHECKED)-thread: SANITIZE := thread
+
+.PHONY: FORCE sanitize huge
+FORCE:
+
+sanitize: $(CHECKED)-address $(CHECKED)-thread
+	@echo "$(CASES) cases under AddressSanitizer and UndefinedBehaviorSanitizer"
+	$(CHECKED)-address/evenkeel_check --cases $(CASES) --seed $(SEED)
+	@echo "$(CASES) cases under ThreadSanitizer"
+	$(CHECKED)-thread/evenkeel_check --cases $(CASES) --seed $(SEED)
+
+huge: $(CHECKED)-plain
+	$(CHECKED)-plain/evenkeel_check --huge
+
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache .hypothesis

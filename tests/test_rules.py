@@ -22,6 +22,7 @@ LAYERS = (
     ("functional",),
     ("nn",),
     ("surgery",),
+    ("checks",),
     ("study",),
     ("report",),
     ("bench",),
@@ -118,7 +119,8 @@ def test_import_is_light():
 
 
 @pytest.mark.parametrize(
-    "room", ["functional", "nn", "surgery.accelerate", "surgery.fold", "surgery.introduce"]
+    "room",
+    ["functional", "nn", "surgery.accelerate", "surgery.fold", "surgery.introduce", "checks.fix"],
 )
 def test_the_library_loads_no_tools(room):
     loaded = loaded_by(f"import evenkeel.{room}")
@@ -171,6 +173,7 @@ def test_public_names():
         "accelerate",
         "allocator",
         "batch_norm",
+        "check",
         "conventions",
         "errors",
         "fold",

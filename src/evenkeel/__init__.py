@@ -24,13 +24,18 @@ _HOMES = {
     "NormSpec": "pattern",
     "accelerate": "surgery.accelerate",
     "batch_norm": "functional",
+    "check": "checks.verb",
     "fold": "surgery.fold",
+    "freeze": "surgery.freeze",
     "introduce": "surgery.introduce",
     "normalize": "functional",
     "parse": "pattern",
+    "recalibrate": "surgery.recalibrate",
+    "recalibrated": "surgery.recalibrate",
     "restore": "surgery.accelerate",
+    "unfreeze": "surgery.freeze",
 }
-_ROOMS = ("conventions", "errors", "functional", "nn")
+_ROOMS = ("allocator", "conventions", "errors", "functional", "nn")
 
 __all__ = [
     "BatchNorm1d",
@@ -40,23 +45,31 @@ __all__ = [
     "NormSpec",
     "PerActivationBatchNorm",
     "accelerate",
+    "allocator",
     "batch_norm",
+    "check",
     "conventions",
     "errors",
     "fold",
+    "freeze",
     "functional",
     "introduce",
     "nn",
     "normalize",
     "parse",
+    "recalibrate",
+    "recalibrated",
     "restore",
+    "unfreeze",
 ]
 
 if TYPE_CHECKING:
+    from . import allocator as allocator
     from . import conventions as conventions
     from . import errors as errors
     from . import functional as functional
     from . import nn as nn
+    from .checks.verb import check as check
     from .functional import batch_norm as batch_norm
     from .functional import normalize as normalize
     from .nn import BatchNorm1d as BatchNorm1d
@@ -69,7 +82,11 @@ if TYPE_CHECKING:
     from .surgery.accelerate import accelerate as accelerate
     from .surgery.accelerate import restore as restore
     from .surgery.fold import fold as fold
+    from .surgery.freeze import freeze as freeze
+    from .surgery.freeze import unfreeze as unfreeze
     from .surgery.introduce import introduce as introduce
+    from .surgery.recalibrate import recalibrate as recalibrate
+    from .surgery.recalibrate import recalibrated as recalibrated
 
 
 def __getattr__(name: str) -> Any:

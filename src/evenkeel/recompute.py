@@ -122,17 +122,16 @@ class recomputing:  # noqa: N801 - a context manager, named like torch's
             for t, found in zip(inputs, before, strict=True)
         ]
         key, offers = memory._cdata, self.offers
-        end = weakref.ref(y, lambda _: offers.pop(key, None))
-        offers[key] = _Offer(end, y._version, _Promise(y, again, needed, depth))
+        alive = weakref.ref(y, lambda _: offers.pop(key, None))
+        offers[key] = _Offer(alive, y._version, _Promise(y, again, needed, depth))
 
     def _found(self, t: Tensor | None) -> _Offer | None:
         """The offer whose output t is, or is a view of, if it was not changed since."""
         if not self.offers or type(t) is not Tensor or t.layout is not torch.strided:
             return None
-        found = self.offers.get(t.untyped_storage()._cdata)
-        if found is None or found.version != t._version or not found.promise.gives(t):
-            return None
-        return found
+        key = t.untyped_storage()._cdata
+        found = self.offers.get(key)
+        return found if found is not None and found.holds(key, t) else None
 
     def _pack(self, t: Tensor) -> _Packed:
         found = self._found(t)
@@ -199,10 +198,17 @@ class _Elsewhere:
 class _Offer:
     """An output that can be promised, while it lives."""
 
-    __slots__ = ("end", "promise", "version")
+    __slots__ = ("promise", "version", "y")
 
-    def __init__(self, end: weakref.ref[Tensor], version: int, promise: _Promise) -> None:
-        self.end, self.version, self.promise = end, version, promise
+    def __init__(self, y: weakref.ref[Tensor], version: int, promise: _Promise) -> None:
+        self.y, self.version, self.promise = y, version, promise
+
+    def holds(self, key: int, t: Tensor) -> bool:
+        """True if t is the output, or strides over it, with the bits as they were."""
+        y = self.y()
+        if y is None or y.untyped_storage()._cdata != key:
+            return False  # the output was given other memory, and its own may be another's now
+        return t._version == self.version and t.dtype == y.dtype and not t.is_neg()
 
 
 class _Promise:
@@ -227,10 +233,6 @@ class _Promise:
         self.value: Tensor | None = None
         self.version = 0
         self.stream: Any = None
-
-    def gives(self, t: Tensor) -> bool:
-        """True if t is the output or strides over it, with the bits as they are."""
-        return t.dtype == self.dtype and not t.is_neg()
 
     def computed(self) -> Tensor:
         value, stream = self.value, _stream(self.value)

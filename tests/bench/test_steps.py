@@ -27,7 +27,7 @@ def accelerated(monkeypatch):
             sys.modules, "evenkeel.surgery.accelerate", SimpleNamespace(accelerate=function)
         )
 
-    install(lambda model, example: (model, None))
+    install(lambda model, example, **_: (model, None))
     return install
 
 
@@ -66,10 +66,20 @@ class TestSteps:
             assert (row.absent, row.difference) == ({}, 0)
             assert set(row.ratios) == {"eager"}
 
+    def test_low_memory_is_a_side_if_asked_for(self):
+        plan = Plan("vgg", 32, 0.125, 2, ("nchw",), "float32")
+        (row,) = steps.run([plan], seconds=0, compiles=False, low=True)
+        assert set(row.sides) == {"bare", "eager", "evenkeel", "low memory"}
+        counted = memory.run([plan], compiles=False)
+        sides = {name: side.median for name, side in next(iter(counted)).sides.items()}
+        assert sides["low memory"] < 0.75 * min(sides["eager"], sides["evenkeel"])
+        assert steps.estimate([plan], 1.0, False, True) > steps.estimate([plan], 1.0, False)
+
     def test_accelerate_gets_model_and_example_in_their_layout(self, accelerated):
         seen = []
 
-        def accelerate(model, example):
+        def accelerate(model, example, **options):
+            assert options["allocator"] == "default"
             seen.append(example)
             assert next(model.parameters()).is_contiguous(memory_format=torch.channels_last)
             return model, None
@@ -88,7 +98,7 @@ class TestSteps:
         assert "ImportError" in row.absent["evenkeel"] or "NotFound" in row.absent["evenkeel"]
 
     def test_one_that_learns_something_else_is_left_out(self, accelerated):
-        accelerated(lambda model, example: (nn.Sequential(model, nn.Linear(10, 10)), None))
+        accelerated(lambda model, example, **_: (nn.Sequential(model, nn.Linear(10, 10)), None))
         (row,) = steps.run([Plan("vgg", 32, 0.125, 2, ("nchw",), "float32")], seconds=0,
                            compiles=False)  # fmt: skip
         assert "evenkeel" not in row.sides
@@ -96,7 +106,7 @@ class TestSteps:
         assert row.difference > 0.01
 
     def test_one_that_fails_is_left_out(self, accelerated):
-        def breaks(model, example):
+        def breaks(model, example, **_):
             raise RuntimeError("no graph")
 
         accelerated(breaks)
@@ -120,6 +130,7 @@ class TestMemory:
         (row,) = memory.run([Plan("vgg", 32, 0.125, 2, ("nchw",), "float32")], compiles=False)
         assert row.sides["eager"].median > row.sides["bare"].median
         assert row.ratios["eager"].median == 1
+        assert set(row.sides) == {"bare", "eager", "evenkeel", "low memory"}
 
     def test_what_is_freed_meanwhile_is_no_double(self):
         class Forgetful(torch.autograd.Function):

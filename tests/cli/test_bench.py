@@ -8,8 +8,9 @@ import os
 import pytest
 import torch
 
-from evenkeel.bench import machine, ops, shapes, steps
-from evenkeel.bench.results import Results
+from evenkeel import allocator
+from evenkeel.bench import ops, shapes, steps
+from evenkeel.bench.results import OURS, Results
 from evenkeel.bench.shapes import Place
 
 
@@ -18,13 +19,16 @@ def flat(text: str) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _same_process(monkeypatch):
-    """The allocator is what the options ask for, so that no second process is started."""
-    for key in machine._tuned(os.environ):
+def _as_before(monkeypatch):
+    """The allocator and the threads are as before each test, and after it."""
+    for key in allocator.variables(os.environ):
         monkeypatch.delenv(key)
+    monkeypatch.delenv(allocator.SWITCH, raising=False)
+    allocator.default_blocks()
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+    allocator.default_blocks()
 
 
 @pytest.fixture
@@ -35,6 +39,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(shapes, "QUICK", (place,))
 
 
+GLIBC = allocator.status().setting != "system"
 HERE = ("--allocator", "default", "--seconds", "0.01", "--threads", "1")
 
 
@@ -78,7 +83,7 @@ class TestOps:
         monkeypatch.setattr(ops, "run", None)
         code, out, _ = command("bench", "ops", "--quick", "--dry-run")
         assert code == 0
-        assert "allocator keep" in flat(out) or machine.allocator() == "system"
+        assert f"allocator {'keep' if GLIBC else 'system'}" in flat(out)
 
     def test_too_large_is_told(self, command):
         words = ("bench", "ops", "--net", "vgg16", "--batch", "128", "--dry-run")
@@ -127,23 +132,44 @@ class TestNets:
         assert code == 0
         assert "memory kept for backward of 1 network" in flat(out)
         assert "nchw float32, MB" in out
+        assert "nchw float32: low memory / eager is 0." in out
         assert json.loads((tmp_path / "found.json").read_text())["unit"] == "bytes"
 
+    def test_low_memory_is_timed_if_asked_for(self, command, tmp_path):
+        words = ("bench", "steps", "--quick", *HERE, "--out", "found.json", "--low-memory")
+        code, out, _ = command(*words)
+        assert code == 0
+        assert "low mem." in out
+        found = json.loads((tmp_path / "found.json").read_text())
+        assert "low memory" in found["rows"][0]["sides"]
+        assert found["settings"]["low_memory"] is True
 
-class TestAnotherProcess:
-    @pytest.mark.skipif(machine.allocator({}) == "system", reason="there is no glibc here")
-    def test_it_is_started_for_another_allocator(self, command, monkeypatch):
-        seen = []
 
-        def again(words, environment):
-            seen.append((words, environment))
-            return 130
+@pytest.mark.skipif(not GLIBC, reason="there is no glibc here")
+class TestAllocator:
+    def test_every_side_has_the_one_that_was_asked_for(self, command, tmp_path, monkeypatch):
+        """The command sets it, and the side that accelerates a network does not set another."""
+        plan = steps.Plan("vgg", 32, 0.125, 2, ("nchw",), "float32")
+        monkeypatch.setattr(steps, "plans", lambda **given: [plan])
+        for wish in ("keep", "default"):
+            words = ("steps", "--quick", "--seconds", "0.01", "--allocator", wish, "--threads", "1")
+            assert command("bench", *words, "--out", "found.json")[0] == 0
+            found = Results.from_json((tmp_path / "found.json").read_text())
+            assert found.machine["allocator"] == allocator.status().setting == wish
+            assert OURS in found.rows[0].sides
 
-        monkeypatch.setattr(machine, "run_again", again)
-        assert command("bench", "ops", "--quick")[0] == 130
-        ((words, environment),) = seen
-        assert words == ["bench", "ops", "--quick"]
-        assert machine.allocator(environment) == "keep"
+    def test_what_the_environment_keeps_cannot_be_had_otherwise(self, command, monkeypatch):
+        for key, value in allocator.KEEP.items():
+            monkeypatch.setenv(key, value)
+        code, _, err = command("bench", "ops", "--quick", "--allocator", "default", "--dry-run")
+        assert code == 2
+        assert "unset MALLOC_MMAP_MAX_, MALLOC_TOP_PAD_, MALLOC_TRIM_THRESHOLD_" in flat(err)
+
+    def test_the_users_own_is_left_and_told(self, command, monkeypatch):
+        monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+        code, out, _ = command("bench", "ops", "--quick", "--dry-run")
+        assert code == 0
+        assert "allocator own" in flat(out)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from evenkeel.bench import machine
+from evenkeel import allocator
 from evenkeel.bench.checkup import findings
 from evenkeel.errors import BackendError
 from evenkeel.kernels import select
@@ -16,8 +16,12 @@ from evenkeel.kernels import select
 
 @pytest.fixture
 def healthy(monkeypatch):
-    for key in machine._tuned(os.environ):
+    for key in allocator.variables(os.environ):
         monkeypatch.delenv(key)
+    monkeypatch.delenv(allocator.SWITCH, raising=False)
+    allocator.default_blocks()
+    yield
+    allocator.default_blocks()
 
 
 @pytest.fixture
@@ -88,19 +92,50 @@ def test_a_backend_that_cannot_be_loaded(backend, command, error):
     assert str(error) in out
 
 
-@pytest.mark.skipif(machine.allocator({}) == "system", reason="there is no glibc here")
-def test_allocator(healthy, monkeypatch):
-    finding = found()["allocator"]
-    assert finding.is_good is False
-    assert "export MALLOC_MMAP_MAX_=0 " in finding.remedy
-    for key, value in machine.KEEP.items():
-        monkeypatch.setenv(key, value)
-    assert found()["allocator"].is_good
+@pytest.mark.skipif(allocator.status().setting == "system", reason="there is no glibc here")
+class TestAllocator:
+    def test_default(self, healthy):
+        finding = found()["allocator"]
+        assert finding.is_good is None
+        assert finding.text.startswith("glibc's default until train, evaluate, predict, study or")
+        assert "evenkeel.allocator.keep_blocks()" in finding.remedy
+        assert "export MALLOC_MMAP_MAX_=0 " in finding.remedy
+
+    def test_kept_since_run_time(self, healthy):
+        allocator.keep_blocks()
+        finding = found()["allocator"]
+        assert (finding.is_good, finding.remedy) == (True, "")
+        assert finding.text == "glibc keeps large blocks, set at run time"
+
+    def test_kept_by_the_environment(self, healthy, monkeypatch):
+        for key, value in allocator.KEEP.items():
+            monkeypatch.setenv(key, value)
+        finding = found()["allocator"]
+        assert (finding.is_good, finding.remedy) == (True, "")
+        assert finding.text == "glibc keeps large blocks, set by the environment"
+
+    def test_turned_off(self, healthy, monkeypatch):
+        monkeypatch.setenv(allocator.SWITCH, "default")
+        finding = found()["allocator"]
+        assert finding.is_good is False
+        assert "as EVENKEEL_ALLOCATOR=default asks; large blocks go back" in finding.text
+        assert finding.remedy == "unset EVENKEEL_ALLOCATOR"
+
+    def test_the_users_own(self, healthy, monkeypatch):
+        monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+        finding = found()["allocator"]
+        assert (finding.is_good, finding.remedy) == (None, "")
+        assert "set up by you, in the environment (MALLOC_ARENA_MAX)" in finding.text
 
 
 def test_no_glibc(monkeypatch):
-    monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
-    assert found()["allocator"].remedy == ""
+    def fails(name):
+        raise OSError("libc.so.6: cannot open shared object file")
+
+    monkeypatch.setattr(allocator.ctypes, "CDLL", fails)
+    finding = found()["allocator"]
+    assert finding.remedy == ""
+    assert "not glibc's" in finding.text
 
 
 def test_no_compiler(monkeypatch):

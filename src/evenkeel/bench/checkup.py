@@ -10,15 +10,18 @@ from typing import NamedTuple
 
 import torch
 
-from .. import __version__
+from .. import __version__, allocator
 from ..kernels import select
 from ..view import View, view_of
-from .machine import KEEP, allocator
 from .ops import DTYPES, LAYOUTS
 
 __all__ = ["Finding", "findings"]
 
 TYPICAL = (32, 64, 56, 56)
+_FAULTS = (
+    "large blocks go back to the system at every free, so every fresh tensor faults its pages in "
+    "anew"
+)
 
 
 class Finding(NamedTuple):
@@ -80,20 +83,19 @@ def _threads() -> Finding:
 
 
 def _allocator() -> Finding:
-    setting = allocator()
-    if setting == "system":
-        return Finding("allocator", "not glibc's, so there is nothing to set")
-    if setting == "default":
-        words = " ".join(f"{key}={value}" for key, value in KEEP.items())
-        return Finding(
-            "allocator",
-            "glibc's default: large blocks go back to the system at every free, so every fresh "
-            "tensor faults its pages in anew",
-            False,
-            f"before the process starts: export {words}",
-        )
-    kept = "keeps large blocks" if setting == "keep" else "set up by you, in the environment"
-    return Finding("allocator", kept, setting == "keep" or None)
+    found = allocator.status()
+    if found.setting != "default":
+        return Finding("allocator", found.text, found.keeps or None)
+    words = " ".join(f"{key}={value}" for key, value in allocator.KEEP.items())
+    if os.environ.get(allocator.SWITCH) == "default":
+        return Finding("allocator", f"{found.text}; {_FAULTS}", False, f"unset {allocator.SWITCH}")
+    return Finding(
+        "allocator",
+        f"{found.text} until train, evaluate, predict, study or accelerate set it at run time; "
+        f"by default {_FAULTS}",
+        None,
+        f"in other code: evenkeel.allocator.keep_blocks(), or before it starts: export {words}",
+    )
 
 
 def _cuda() -> Finding:

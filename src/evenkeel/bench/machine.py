@@ -1,37 +1,20 @@
-"""What a benchmark ran on, and the allocator it ran with."""
+"""What a benchmark ran on."""
 
 from __future__ import annotations
 
 import os
 import platform
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import __version__
+from .. import __version__, allocator
 
-__all__ = [
-    "ALLOCATORS",
-    "KEEP",
-    "allocator",
-    "environment_for",
-    "machine",
-    "run_again",
-]
+__all__ = ["machine"]
 
-# glibc gives large blocks back to the system at every free, so every fresh tensor faults its pages
-# in anew: on activations that can cost more than the arithmetic. These settings make it keep them.
-KEEP = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
-    "MALLOC_TOP_PAD_": str(1 << 26),
-}
-ALLOCATORS = ("keep", "default")
 _TUNES = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
 
 
@@ -51,50 +34,13 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "libc": " ".join(platform.libc_ver()).strip(),
         "huge_pages": _read(Path("/sys/kernel/mm/transparent_hugepage/enabled")),
-        "allocator": allocator(),
+        "allocator": allocator.status().setting,
         "allocator_variables": _tuned(os.environ),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "evenkeel": __version__,
         "threads": torch.get_num_threads(),
     }
-
-
-def allocator(environment: Mapping[str, str] | None = None) -> str:
-    """'keep', 'default', 'own' for settings that are neither, 'system' where it is not glibc's."""
-    if platform.libc_ver()[0] != "glibc":
-        return "system"
-    tuned = _tuned(os.environ if environment is None else environment)
-    if not tuned:
-        return "default"
-    return "keep" if tuned == KEEP else "own"
-
-
-def environment_for(wish: str) -> dict[str, str] | None:
-    """The environment that a process needs for the allocator wished for; None if this one does.
-
-    An allocator that the user set up by other means, such as LD_PRELOAD, is left as it is, and so
-    is one that is not glibc's.
-    """
-    if allocator() in (wish, "own", "system"):
-        return None
-    without = {key: value for key, value in os.environ.items() if key not in _tuned(os.environ)}
-    return without | KEEP if wish == "keep" else without
-
-
-def run_again(words: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Runs the command line in a fresh process with that environment; returns its exit code.
-
-    malloc reads its settings when a process starts, so changing them needs another process.
-    """
-    # -P: without it, Python would import from the folder at hand first.
-    program = [sys.executable, "-P", "-c", "from evenkeel.cli import main; main()", *words]
-    with subprocess.Popen(program, env=dict(environment)) as process:  # noqa: S603
-        while True:
-            try:
-                return process.wait()
-            except KeyboardInterrupt:  # the child got it too, and ends by itself
-                continue
 
 
 def caches() -> dict[str, str]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
 
+from ..surgery.low_memory import kept_bytes
 from .results import OURS, PEERS, Row, reason_of
 from .steps import COMPILING, Plan, Step, sides_of
 from .timing import Measure, Ratio
@@ -21,21 +21,9 @@ __all__ = ["estimate", "run", "saved_bytes"]
 
 def saved_bytes(step: Step) -> int:
     """The bytes that one step's forward keeps for its backward; runs both."""
-    own = {
-        t.untyped_storage().data_ptr() for t in (*step.model.parameters(), *step.model.buffers())
-    }
-    # The tensors are held until the end, else a freed storage's address could be counted again.
-    kept: list[Tensor] = []
-
-    def pack(t: Tensor) -> Tensor:
-        kept.append(t)
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = step.forward()
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    loss, size = kept_bytes(step.forward, step.model)
     loss.backward()  # type: ignore[no-untyped-call]
-    return sum(size for address, size in storages.items() if address not in own)
+    return size
 
 
 def estimate(chosen: Sequence[Plan], compiles: bool) -> float:
@@ -60,7 +48,7 @@ def run(chosen: Sequence[Plan], *, compiles: bool) -> Iterator[Row]:
 def _counted(plan: Plan, layout: str, compiles: bool) -> Row:
     found: dict[str, Measure] = {}
     absent: dict[str, str] = {}
-    for name, builder in sides_of(plan, layout, compiles).items():
+    for name, builder in sides_of(plan, layout, compiles, low=True).items():
         try:
             size = float(saved_bytes(builder()))
         except Exception as error:  # whatever one side fails with, the others go on

@@ -14,6 +14,7 @@ from .shapes import places
 from .timing import Measure, Ratio, Samples, geometric_mean
 
 __all__ = [
+    "LOW",
     "OURS",
     "PEERS",
     "Loss",
@@ -30,6 +31,8 @@ __all__ = [
 
 SCHEMA = 1
 OURS = "evenkeel"
+LOW = "low memory"
+"""Ours, with activations computed again in backward: `accelerate` with memory='low'."""
 PEERS = ("eager", "compile")
 """Who we are compared with; any other side, such as a bare copy, is a bound."""
 

@@ -1,8 +1,9 @@
 """Whole training steps: forward, cross entropy, backward, SGD, on every side.
 
 A side is a way to run the network in a layout: eager, through torch.compile, without its batch
-norms (`bare`, what batch norm costs at all), and accelerated by us. All layouts of a network are
-timed in the same rounds, so that the best of one side can be compared with the best of another.
+norms (`bare`, what batch norm costs at all), accelerated by us, and if asked for, accelerated with
+low memory. All layouts of a network are timed in the same rounds, so that the best of one side can
+be compared with the best of another.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from . import nets
 from .ops import DTYPES, LAYOUTS
-from .results import OURS, PEERS, Row, reason_of, row_of, wrong
+from .results import LOW, OURS, PEERS, Row, reason_of, row_of, wrong
 from .timing import Samples, interleaved
 
 __all__ = ["COMPILING", "Plan", "Step", "estimate", "plans", "run", "sides_of"]
@@ -78,11 +79,11 @@ def plans(
     ]
 
 
-def estimate(chosen: Sequence[Plan], seconds: float, compiles: bool) -> float:
+def estimate(chosen: Sequence[Plan], seconds: float, compiles: bool, low: bool = False) -> float:
     """About how many seconds the plans take; a guess from two cores of a server."""
     total = 0.0
     for plan in chosen:
-        sides = (3 + compiles) * len(plan.layouts)
+        sides = (3 + compiles + low) * len(plan.layouts)
         total += max(seconds, 7 * plan.guess * sides) + 8 * plan.guess * sides
         total += COMPILING * compiles * len(plan.layouts)
     return total
@@ -118,7 +119,9 @@ def batch_of(plan: Plan, layout: str) -> tuple[Tensor, Tensor]:
     return images.contiguous(memory_format=LAYOUTS[layout]), labels
 
 
-def sides_of(plan: Plan, layout: str, compiles: bool) -> dict[str, Callable[[], Step]]:
+def sides_of(
+    plan: Plan, layout: str, compiles: bool, low: bool = False
+) -> dict[str, Callable[[], Step]]:
     """What builds each side of a plan in one layout.
 
     All sides but `bare` start from the same weights.
@@ -136,33 +139,38 @@ def sides_of(plan: Plan, layout: str, compiles: bool) -> dict[str, Callable[[], 
     sides: dict[str, Callable[[], Step]] = {
         "bare": lambda: step(model(norm=False)),
         "eager": lambda: step(model()),
-        OURS: lambda: step(_accelerated(model(), images)),
+        OURS: lambda: step(_accelerated(model(), images, "full")),
     }
+    if low:
+        sides[LOW] = lambda: step(_accelerated(model(), images, "low"))
     if compiles:
         sides["compile"] = lambda: step(torch.compile(model(), dynamic=False))
     return sides
 
 
-def run(chosen: Sequence[Plan], *, seconds: float, compiles: bool) -> Iterator[Row]:
+def run(
+    chosen: Sequence[Plan], *, seconds: float, compiles: bool, low: bool = False
+) -> Iterator[Row]:
     """Measures net by net; yields one row for each layout.
 
     Args:
         chosen: what to run.
         seconds: the budget of one net's rounds, all layouts and sides together.
         compiles: True to run torch.compile too.
+        low: True to run ours with low memory too.
     """
     for plan in chosen:
-        yield from _measured(plan, seconds, compiles)
+        yield from _measured(plan, seconds, compiles, low)
         if compiles:
             torch._dynamo.reset()
 
 
-def _measured(plan: Plan, seconds: float, compiles: bool) -> Iterator[Row]:
+def _measured(plan: Plan, seconds: float, compiles: bool, low: bool) -> Iterator[Row]:
     running: dict[tuple[str, str], Step] = {}
     absent: dict[str, dict[str, str]] = {}
     differences: dict[str, float | None] = {}
     for layout in plan.layouts:
-        found, absent[layout], differences[layout] = _checked(plan, layout, compiles)
+        found, absent[layout], differences[layout] = _checked(plan, layout, compiles, low)
         running |= {(layout, name): step for name, step in found.items()}
     keys = {f"{layout} {name}": (layout, name) for layout, name in running}
     samples = interleaved({text: running[key] for text, key in keys.items()}, seconds=seconds)
@@ -181,14 +189,14 @@ def _measured(plan: Plan, seconds: float, compiles: bool) -> Iterator[Row]:
 
 
 def _checked(
-    plan: Plan, layout: str, compiles: bool
+    plan: Plan, layout: str, compiles: bool, low: bool
 ) -> tuple[dict[str, Step], dict[str, str], float | None]:
     """The sides that run and learn what eager learns, why others do not, how far we are off."""
     sides: dict[str, Step] = {}
     absent: dict[str, str] = {}
     difference = None
     truth: float | None = None
-    for name, builder in sides_of(plan, layout, compiles).items():
+    for name, builder in sides_of(plan, layout, compiles, low).items():
         try:
             side = builder()
             loss = [float(side()) for _ in range(STEPS_COMPARED)][-1]
@@ -196,7 +204,7 @@ def _checked(
             absent[name] = reason_of(error)
             continue
         off = 0.0
-        if name == OURS or name in PEERS:
+        if name in (OURS, LOW, *PEERS):
             truth = loss if truth is None else truth
             off = abs(loss - truth) / max(abs(truth), 1e-30)
         if name == OURS:
@@ -208,7 +216,8 @@ def _checked(
     return sides, absent, difference
 
 
-def _accelerated(model: nn.Module, example: Tensor) -> nn.Module:
+def _accelerated(model: nn.Module, example: Tensor, memory: str) -> nn.Module:
     from ..surgery.accelerate import accelerate
 
-    return accelerate(model, example)[0]
+    # All sides have the allocator that the command has chosen.
+    return accelerate(model, example, allocator="default", memory=memory)[0]

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from .results import OURS, Results, Row, best_of_layouts, geometric_means, losses, totals
+from .results import LOW, OURS, Results, Row, best_of_layouts, geometric_means, losses, totals
+from .timing import geometric_mean
 
 __all__ = ["sentences", "tables"]
 
@@ -18,6 +19,7 @@ SHOWN = {
     "eager": "eager",
     "compile": "compile",
     OURS: "ours",
+    LOW: "low mem.",
 }
 UNITS = {"s": ("ms", 1e3), "bytes": ("MB", 1e-6)}
 
@@ -59,6 +61,10 @@ def sentences(results: Results) -> Iterator[str]:
         for peer, mean in geometric_means(rows).items():
             count = sum(peer in row.ratios for row in rows)
             yield f"{where}: ours / {peer} is {mean:.2f} (geometric mean of {_of(count)})"
+        low = [row.sides[LOW].median / row.sides["eager"].median for row in rows if _has_low(row)]
+        if low:
+            mean = geometric_mean(low)
+            yield f"{where}: low memory / eager is {mean:.2f} (geometric mean of {_of(len(low))})"
         for network, sums in totals(rows).items():
             parts = [f"{SHOWN[s]} {_short(sums[s] * scale)}" for s in SHOWN if s in sums]
             yield f"{where}: all norms of {network}, {unit}: {', '.join(parts)}"
@@ -78,6 +84,10 @@ def sentences(results: Results) -> Iterator[str]:
         yield f"left out: {what}"
     if not results.finished:
         yield "stopped before the end"
+
+
+def _has_low(row: Row) -> bool:
+    return LOW in row.sides and "eager" in row.sides
 
 
 def _losses(results: Results) -> Iterator[str]:

@@ -11,10 +11,12 @@ import typer
 
 from ..errors import EvenkeelError
 from .bench import bench
+from .check import check
 from .console import complain
 from .doctor import doctor
 from .evaluate import evaluate
 from .predict import predict
+from .recalibrate import recalibrate
 from .report import report
 from .study import study
 from .train import train
@@ -35,6 +37,8 @@ app.command()(report)
 app.command()(train)
 app.command()(evaluate)
 app.command()(predict)
+app.command()(recalibrate)
+app.command()(check)
 app.add_typer(bench, name="bench")
 app.command()(doctor)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .. import allocator
 from ..errors import ConfigError, meant
 from .console import console, duration, write_atomically
 
@@ -40,7 +40,7 @@ Threads = Annotated[
 Out = Annotated[Path | None, typer.Option(help="A JSON file for all numbers, kept as it goes.")]
 Allocator = Annotated[
     str,
-    typer.Option(help="keep: glibc keeps large blocks, for every side; default: as it comes."),
+    typer.Option(help="keep: glibc keeps large blocks, for every side; default: it does not."),
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show what would run and about how long, run nothing.")
@@ -121,6 +121,9 @@ def steps(
     dtype: Dtype = "float32",
     layout: Layout = "both",
     compiles: Compiles = None,
+    low_memory: Annotated[
+        bool, typer.Option("--low-memory", help="Ours with low memory too, as a side of its own.")
+    ] = False,
     seconds: Seconds = None,
     threads: Threads = None,
     out: Out = None,
@@ -166,10 +169,11 @@ def _nets(kind: str, settings: dict[str, Any]) -> None:
     )
     is_timed = kind == "steps"
     budget, with_compile = _budget(settings, 20.0, 4.0)
+    low = settings.get("low_memory", True)
 
     def run() -> Iterable[Row]:
         if is_timed:
-            return timing.run(chosen, seconds=budget, compiles=with_compile)
+            return timing.run(chosen, seconds=budget, compiles=with_compile, low=low)
         return counting.run(chosen, compiles=with_compile)
 
     what = "training steps" if is_timed else "memory kept for backward"
@@ -181,7 +185,7 @@ def _nets(kind: str, settings: dict[str, Any]) -> None:
         _about_compile(with_compile),
         [],
         sum(len(plan.layouts) for plan in chosen),
-        timing.estimate(chosen, budget, with_compile)
+        timing.estimate(chosen, budget, with_compile, low)
         if is_timed
         else counting.estimate(chosen, with_compile),
         run,
@@ -190,23 +194,21 @@ def _nets(kind: str, settings: dict[str, Any]) -> None:
 
 
 def _prepare(settings: dict[str, Any]) -> None:
-    """Sees to the allocator, in another process if it must, and to the threads.
+    """Sees to the allocator, for all sides, and to the threads.
 
     Raises:
         ConfigError: an option does not fit.
     """
-    from ..bench.machine import ALLOCATORS, environment_for, run_again
-
     wish, out = settings["allocator"], settings["out"]
-    if wish not in ALLOCATORS:
-        raise ConfigError(
-            f"unknown allocator '{wish}'{meant(wish, ALLOCATORS)}; choose {' or '.join(ALLOCATORS)}"
-        )
+    allocator.check(wish)
     if out is not None and not out.resolve().parent.is_dir():
         raise ConfigError(f"--out {out}: there is no folder {out.parent}; make it first")
-    environment = environment_for(wish)
-    if environment is not None and not settings["dry_run"]:
-        raise typer.Exit(run_again(sys.argv[1:], environment))
+    found = allocator.keep_blocks() if wish == "keep" else allocator.default_blocks()
+    if wish == "default" and found.keeps:
+        raise ConfigError(
+            f"--allocator default cannot be had: {found.text}; unset "
+            f"{', '.join(sorted(allocator.KEEP))}"
+        )
     import torch
 
     if settings["threads"] is not None:
@@ -244,19 +246,17 @@ def _about_compile(runs: bool) -> list[str]:
 
 def _carry_out(kind: str, job: _Job, out: Path | None, dry_run: bool) -> None:
     """Says what will be done, does it, shows what was found; Ctrl-C shows what there is."""
-    from ..bench.machine import environment_for, machine
+    from ..bench.machine import machine
     from ..bench.results import Results
 
     results = Results(kind, job.unit, _plain(job.settings), machine(), left_out=job.left_out)
     ran_on = results.machine
-    will_change = dry_run and environment_for(job.settings["allocator"]) is not None
-    allocator = job.settings["allocator"] if will_change else ran_on["allocator"]
     console.print(f"[bold]{escape(job.what)}[/], about {duration(job.estimate)}")
     console.print(
         escape(
             f"{ran_on['cpu']}, {_count(ran_on['cores'], 'core')}, "
             f"{_count(ran_on['threads'], 'thread')}; "
-            f"torch {ran_on['torch']}; allocator {allocator}"
+            f"torch {ran_on['torch']}; allocator {ran_on['allocator']}"
         )
     )
     for note in job.notes:

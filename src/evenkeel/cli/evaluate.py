@@ -12,6 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from ..allocator import keep_blocks
 from ..errors import ConfigError, EvenkeelError
 from .console import console, device_named
 from .network import note, open_network, share_cores, test_data
@@ -54,6 +55,7 @@ def evaluate(
     --inference all shows that skipping batch norm breaks a network and that folding does not.
     """
     share_cores()
+    keep_blocks()
     from ..study.inference import WAYS, compare, has_norms, images_in_batches
 
     if inference not in (*WAYS, "all"):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from ..allocator import keep_blocks
 from ..errors import FormatError
 from .console import complain, console, device_named
 from .network import note, open_network, share_cores
@@ -47,6 +48,7 @@ def predict(
     picture that cannot be read is named, the others are still told, and the exit code is 2.
     """
     share_cores()
+    keep_blocks()
     where = device_named(device)
     trained, card = open_network(network, where, model)
     found: list[dict[str, Any]] = []

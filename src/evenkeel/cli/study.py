@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..allocator import keep_blocks
 from ..errors import ConfigError
 from .console import console, device_named, duration
 from .report import finish
@@ -96,6 +97,7 @@ def study(
         )
         suffix = f"-{model.replace(':', '.')}" if model else ""
         folder = out or ROOT / (plan.folder_name + suffix)
+    keep_blocks()
     where = device_named(device)
     count = workers or (1 if where.type == "cuda" else os.cpu_count() or 1)
     with console.status("Loading the data and trying each arm") as status:

@@ -16,6 +16,7 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..allocator import keep_blocks
 from ..errors import ConfigError
 from .console import console, device_named, duration
 from .network import note, share_cores
@@ -122,6 +123,7 @@ def train(
             "--model for a network of your own, with it"
         )
     share_cores()
+    keep_blocks()
     fit = _resumed(out, data_dir, model, device) if resume else None
     if fit is None:
         if model is not None:

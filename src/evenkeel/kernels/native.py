@@ -1,8 +1,8 @@
 """The native backend: C++ on the CPU, built with the package (see ``native/``).
 
 Its loops compute in float32 (float64 for float64 tensors) on the exact difference x - mean, and add
-up in float64. A channel of NCHW, or a slab of channels of NHWC, stays in cache between statistics
-and normalizing. Threads are torch's, as many as ``torch.get_num_threads()`` says.
+up in float64. A channel of NCHW stays in cache between statistics and normalizing. Threads are
+torch's, as many as ``torch.get_num_threads()`` says.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from ..allocator import keep_blocks
 from ..errors import EvenkeelError
 from .arms import Arm, Plan
 from .data import load
@@ -126,6 +127,7 @@ def _serve(pipe: Connection, plan: Plan, device: str) -> None:
     """The worker's life: take a job, send back the trial."""
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    keep_blocks()
     dataset = load(plan.data.name, plan.data.path, image_size=plan.data.image_size)
     while True:
         try:
