@@ -89,6 +89,15 @@ void draw_shape(Case& c, Random& random) {
   }
 }
 
+// A machine with more cores than a run has values: neither owners nor runs divide among them.
+void draw_many_threads(Case& c, Random& random) {
+  c.threads = 48 + static_cast<int>(random.below(80));
+  c.k2 = c.threads + 1 + random.below(20);
+  c.r2 = 20 + random.below(60);
+  const Index enough = c.threads * (Index{32} << 10) / (c.k2 * c.r2 * 2 * Index(size_of(c.type)));
+  c.r1 = std::min<Index>(enough + 1 + random.below(4), c.threads);
+}
+
 // Neighbours of one role are one run in every view that evenkeel/view.py makes.
 void merge(Case& c) {
   if (c.r1 > 1 && c.k2 > 1) return;
@@ -145,7 +154,12 @@ Case draw(std::uint64_t seed, std::uint64_t number, const Builds& builds) {
   c.type = random.pick(builds.types[build]);
   c.act = static_cast<Act>(random.below(5));
   c.slope = c.act == Act::leaky ? random.pick<double>({0.01, 0.25, 0, 1.5, -0.5}) : 0;
-  draw_shape(c, random);
+  c.threads = 1 + static_cast<int>(random.below(5));
+  if (random.chance(100)) {
+    draw_many_threads(c, random);
+  } else {
+    draw_shape(c, random);
+  }
   merge(c);
   draw_values(c, random);
   c.residual = random.chance(2);
@@ -157,8 +171,6 @@ Case draw(std::uint64_t seed, std::uint64_t number, const Builds& builds) {
   c.from_batch = !random.chance(4);
   c.forward = static_cast<Mode>(random.below(3));
   c.backward = static_cast<Mode>(random.below(2));
-  c.threads = 1 + static_cast<int>(random.below(5));
-  if (random.chance(40)) c.threads = 64 + static_cast<int>(random.below(140));
   c.stream = random.chance(2);
   const int shared = static_cast<int>(random.below(5));  // one place for all, or one for each
   for (int i = 0; i < 12; ++i)

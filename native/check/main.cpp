@@ -16,6 +16,7 @@
 // The sanitizers' own, where there are any.
 extern "C" void __sanitizer_set_death_callback(void (*)()) __attribute__((weak));
 extern "C" const char* __tsan_default_options() { return "halt_on_error=1"; }
+extern "C" const char* __ubsan_default_options() { return "abort_on_error=1:print_stacktrace=1"; }
 
 namespace {
 
@@ -36,6 +37,7 @@ char at_work[1024];  // what is said of a case that ends the process
 
 void say_where() {
   if (write(STDERR_FILENO, at_work, std::strlen(at_work)) < 0) return;
+  at_work[0] = 0;
 }
 
 void on_signal(int number) {
@@ -45,11 +47,12 @@ void on_signal(int number) {
 }
 
 void watch() {
+  std::signal(SIGABRT, on_signal);  // how UndefinedBehaviorSanitizer ends
   if (__sanitizer_set_death_callback) {
     __sanitizer_set_death_callback(say_where);
     return;
   }
-  for (int number : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT}) std::signal(number, on_signal);
+  for (int number : {SIGSEGV, SIGBUS, SIGFPE, SIGILL}) std::signal(number, on_signal);
 }
 
 [[noreturn]] void stop(const std::string& why) {

