@@ -59,6 +59,7 @@ def test_one_network(command, tmp_path, monkeypatch, wish):
         ("train", "--epochs", "1", "--out", "m.safetensors"),
         ("evaluate", "m.safetensors"),
         ("predict", "m.safetensors", "digit.png"),
+        ("recalibrate", "m.safetensors", "--out", "again.safetensors"),
     ):
         allocator.default_blocks()
         code, _, err = command(*words)

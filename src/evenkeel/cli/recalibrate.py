@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..allocator import keep_blocks
 from ..errors import ConfigError
 from .console import console, device_named
 from .network import note, open_network, share_cores, test_data
@@ -70,6 +71,7 @@ def recalibrate(
     so Ctrl-C leaves nothing behind.
     """
     share_cores()
+    keep_blocks()
     target = _target(network, out, overwrite)
     from ..study.checkpoint import save
     from ..study.inference import images_in_batches

@@ -63,8 +63,8 @@ class Layout:
         text = f"weights {'now' if self.changed else 'still'} {self.chosen}: {self.reason}"
         if self.contiguous is not None and self.channels_last is not None:
             text += (
-                f"; a training step takes {1e3 * self.contiguous:.3g} ms in {CONTIGUOUS}, "
-                f"{1e3 * self.channels_last:.3g} ms in {CHANNELS_LAST} (medians of {self.rounds})"
+                f"; a training step takes {1e3 * self.contiguous:.1f} ms in {CONTIGUOUS}, "
+                f"{1e3 * self.channels_last:.1f} ms in {CHANNELS_LAST} (medians of {self.rounds})"
             )
         if self.difference is not None:
             text += f"; largest difference in double precision {self.difference}"
