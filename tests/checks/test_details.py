@@ -43,6 +43,13 @@ def test_bias_needs_a_norm_that_subtracts_it():
     sure = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     assert severities(sure, "EK101", example=torch.randn(8, 3)) == {"0": "note"}
     assert severities(sure, "EK101") == {}  # a dense layer's output may have three axes
+
+    class Used(Net):
+        def body(self, x: Tensor) -> Tensor:
+            y = self.conv1(x)
+            return self.bn1(y)[:, :6] + y[:, :6]
+
+    assert severities(Used(bias=True), "EK101", example=images()) == {}
     three = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(5))
     assert severities(three, "EK101", example=torch.randn(8, 5, 3)) == {}
     pooled = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.BatchNorm2d(4))
@@ -301,6 +308,8 @@ def test_the_last_batch_of_a_loader_is_known_without_reading_it():
     assert check(net(), data=shared).of("EK501")
     even = DataLoader(TensorDataset(x[:-1]), batch_size=16)
     assert not check(net(), data=even).of("EK501")
+    single = DataLoader(TensorDataset(x), batch_size=1)
+    assert check(net(), data=single).of("EK501")
 
 
 def test_small_batches_of_frozen_norms_do_no_harm():

@@ -216,6 +216,7 @@ def test_networks_without_an_answer_or_a_gap():
     assert not found.of("EK307")
     fresh = check(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)), data=images())
     assert not fresh.errors
+    assert not fresh.warnings
     assert fresh.layers[0].own > 0.5  # told as a number, not as a mistake
     refused = check(nn.BatchNorm1d(3), data=[torch.randn(5, 4)])
     assert any("cannot run the data" in u.reason for u in refused.unchecked)

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from evenkeel import BatchNorm2d, accelerate, check
 from evenkeel.checks.facts import norms_of
@@ -256,6 +255,31 @@ def test_a_layer_with_a_norm_inside_is_looked_into():
         assert "conv2d in 0" in found.of("EK101")[0].message
 
 
+def test_what_a_norm_does_inside_is_its_own():
+    """A norm with an activation of the user's in it, as timm has them."""
+
+    class Act(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * x.sigmoid()
+
+    class NormAct(nn.BatchNorm2d):
+        def __init__(self, channels: int) -> None:
+            super().__init__(channels)
+            self.act = Act()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(super().forward(x))
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), NormAct(4), nn.BatchNorm2d(4), nn.Flatten())
+    graph = observe(model, images()).trains
+    assert [kind(node) for node in graph.nodes] == [
+        "input", "layer", "norm", "norm", "shape", "output",
+    ]  # fmt: skip
+    found = check(model, images())
+    assert found.of("EK101")
+    assert not found.of("EK103")
+
+
 def test_inputs_by_name_and_several():
     class Two(Net):
         def forward(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
@@ -313,49 +337,6 @@ def test_a_network_without_norms():
     assert len(found) == 0
     assert found.remarks == ("the network has no norms",)
     assert check(nn.BatchNorm2d(3), images()).of("EK301")[0].place == "the network"
-
-
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_a_checkpoint_that_counts_once_is_no_finding(use_reentrant):
-    """Only a backward pass shows: the last norm of a segment need not be computed again."""
-
-    class Part(Net):
-        def forward(self, x: Tensor) -> Tensor:
-            y = checkpoint(self.conv1, x, use_reentrant=use_reentrant)
-            return self.fc(F.relu(self.bn1(y)).mean((2, 3)))
-
-        def __init__(self, bias: bool = False) -> None:
-            super().__init__(bias)
-            self.fc = nn.Linear(8, 5)
-
-    assert not check(net(kind=Part), images()).of("EK310")
-
-    class Whole(Net):
-        def forward(self, x: Tensor) -> Tensor:
-            y = checkpoint(self.body, x, use_reentrant=use_reentrant)
-            return self.fc(y.mean((2, 3)))
-
-    model = net(kind=Whole)
-    twice = {f.path: f.evidence for f in check(model, images()).of("EK310")}
-    x = images().requires_grad_()
-    counts = {n: getattr(model, n).num_batches_tracked.item() for n in ("bn1", "bn2")}
-    model(x).sum().backward()
-    true = {n: getattr(model, n).num_batches_tracked.item() - c for n, c in counts.items()}
-    assert twice == {n: c for n, c in true.items() if c > 1}
-
-
-def test_checkpoints_that_ask_for_gradients_are_seen():
-    """As in torchvision's DenseNet, which checkpoints only where there is something to gain."""
-
-    class Asks(Net):
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.conv1(x)
-            if x.requires_grad:
-                x = checkpoint(self.bn1, x, use_reentrant=False)
-            return self.fc(F.relu(self.bn2(self.conv2(x))).mean((2, 3)))
-
-    assert [f.path for f in check(net(kind=Asks), images()).of("EK310")] == ["bn1"]
 
 
 def test_the_observation_says_what_it_lacks():

@@ -48,7 +48,7 @@ def test_files_are_checked_in_place_of_the_network(suffix, tmp_path):
         lambda m: wrapped(m, "module."),
         lambda m: wrapped(m, "_orig_mod."),
         lambda m: wrapped(m, "module._orig_mod."),
-        lambda m: {"epoch": 3, "state_dict": m.state_dict(), "optimizer": {}},
+        lambda m: {"epoch": torch.tensor(3), "state_dict": m.state_dict(), "optimizer": {}},
         lambda m: {"model": wrapped(m, "module.")},
         lambda m: {"ema": m.state_dict()},
         lambda m: m.state_dict() | {"extra.weight": torch.ones(3)},
@@ -82,6 +82,21 @@ def test_averaged_weights_with_the_statistics_of_another_network():
         float((mean.square() / var + r.square()).mean().sqrt()), rel=1e-6
     )
     averaged.bn1.load_state_dict(model.bn1.state_dict())
+    both["state_dict_ema"] = averaged.state_dict()
+    assert not check(Net(), checkpoint=both).of("EK308")
+
+
+def test_an_average_that_lags_in_all_is_not_stale():
+    """Statistics one deviation apart follow from weights that are 40 % apart."""
+    model = net()
+    averaged = copy.deepcopy(model)
+    averaged.bn1.running_mean += model.bn1.running_var.sqrt()
+    both = {"state_dict": model.state_dict(), "state_dict_ema": averaged.state_dict()}
+    assert check(Net(), checkpoint=both).of("EK308")
+    with torch.no_grad():
+        for p in (*averaged.conv1.parameters(), *averaged.conv2.parameters()):
+            p.mul_(0.6)
+        averaged.fc.weight.mul_(0.6)
     both["state_dict_ema"] = averaged.state_dict()
     assert not check(Net(), checkpoint=both).of("EK308")
 

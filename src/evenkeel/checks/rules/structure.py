@@ -266,7 +266,6 @@ def _is_absorbed_safely(seen: Observation, nodes: list[fx.Node], path: str) -> b
         and len(facts.spec.axes[1]) == 1
         and facts.remembers
         and type(layer) in _KNOWN_LAYERS
-        and "parametrizations" not in layer._modules
         and len(holders) == 1
         and not (has_hooks(layer) or has_hooks(norm))
     )
