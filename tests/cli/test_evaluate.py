@@ -88,12 +88,10 @@ class TestEvaluate:
         assert list(json.loads(out)["inference"]) == [way]
 
     def test_norms_that_cannot_be_folded_are_named(self, command, tmp_path):
-        fitted(tmp_path / "m", placement="after-activation", epochs=1)
+        fitted(tmp_path / "m", statistics="per-location", epochs=1)
         code, _, err = command("evaluate", "m", "--inference", "folded")
         assert code == 0
-        assert "Note: act1_norm is not folded: its input comes from 'act1', which is not" in flat(
-            err
-        )
+        assert "Note: conv1_norm is not folded: before it: it has more than one" in flat(err)
 
     def test_a_fold_that_fails_is_told_beside_the_others(self, command, trained, monkeypatch):
         monkeypatch.setattr("evenkeel.surgery.fold.BUDGET", -1.0)

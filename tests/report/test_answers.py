@@ -216,8 +216,8 @@ class TestInference:
         assert found.next_step == ""
         assert found.sentence.startswith(
             "No: without its norms 'before' goes from 95.0 % to 44.0 %, a loss of 51.0 points (95 "
-            "% interval 44.0 to 56.0, p = 0.005). With 3 of 3 norms folded into the layer before "
-            "them it is exactly as accurate in every trial; the largest difference of a logit is "
+            "% interval 44.0 to 56.0, p = 0.005). With 3 of 3 norms folded into the layers "
+            "around them it is exactly as accurate in every trial; the largest difference of a logit is "
             "5.0e-06, 5.0e-07 of the largest logit."
         )
         assert found.inference.running.mean == pytest.approx(0.95)
@@ -227,7 +227,7 @@ class TestInference:
 
     def test_a_fold_that_changes_an_accuracy_says_which(self):
         found = fifth(inferred(ways(), ways(0.97, skipped=0.5, folded=0.95)))
-        assert "folded into the layer before them it is 95.5 %; the" in found.sentence
+        assert "folded into the layers around them it is 95.5 %; the" in found.sentence
         assert not found.inference.same
 
     def test_norms_that_stay_are_counted(self):

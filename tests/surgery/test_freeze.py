@@ -318,7 +318,7 @@ class TestOtherSurgery:
         model = self.net()
         evenkeel.freeze(model)
         folded, report = evenkeel.fold(model, self.x())
-        assert [norm for norm, _ in report.folded] == ["1", "4"]
+        assert [one.norm for one in report.folded] == ["1", "4"]
         torch.testing.assert_close(folded(self.x()), model(self.x()), rtol=1e-4, atol=1e-5)
         assert is_frozen(model[1])
 

@@ -222,8 +222,8 @@ def _folding(ways: FourWays) -> str:
         return f"Its norms do not fold: {ways.left_reason}."
     equal = "exactly as accurate in every trial" if ways.same else percent(ways.folded.mean)
     return (
-        f"With {ways.folded_norms} of {ways.folded_norms + ways.left_norms} norms folded into the "
-        f"layer before them it is {equal}; the largest difference of a logit is "
+        f"With {ways.folded_norms} of {ways.folded_norms + ways.left_norms} norms folded into "
+        f"the layers around them it is {equal}; the largest difference of a logit is "
         f"{ways.difference:.1e}, {ways.relative:.1e} of the largest logit."
     )
 

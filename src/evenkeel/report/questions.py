@@ -149,8 +149,8 @@ QUESTIONS = (
         _contrast("placement", _BEFORE, {"after-activation": "batch norm after it"}),
         "placement",
         "The paper puts it before, on W x + b, whose distribution is the more symmetric one; the "
-        "layer's bias is then redundant, for beta takes its place. Before the activation it can be "
-        "folded into the layer at inference; after it, it cannot.",
+        "layer's bias is then redundant, for beta takes its place. At inference it folds "
+        "into its layer there; after the activation it folds into the next layer, if one follows.",
     ),
     Question(
         2,
@@ -181,8 +181,8 @@ QUESTIONS = (
         ),
         "placement",
         "On the input it sees what the layer multiplies, after activation and pooling. The first "
-        "layer's input is then normalized too, and with zero padding the norm's shift no longer "
-        "reaches the border, so it does not fold into the layer.",
+        "layer's input is then normalized too. With zero padding the norm's shift does not reach the "
+        "border, so a fold into the layer must mend the outputs there.",
     ),
     Question(
         4,

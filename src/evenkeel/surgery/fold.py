@@ -1,128 +1,91 @@
-"""Removing batch norms for inference: merge each into the conv or dense layer before it.
+"""Removing batch norms for inference, with a proof.
 
-In inference a batch norm is the map ``s * x + t`` per channel with ``s = weight / sqrt(var + eps)``
-and ``t = bias - mean * s``; a linear layer before it absorbs the map: ``W' = s * W`` and
-``b' = s * b + t``. Done in float64, and proved on the spot by comparing outputs.
+In inference a batch norm is the map ``s * x + t`` per owner of a statistic, with
+``s = weight / sqrt(var + eps)`` and ``t = bias - mean * s``. Maps are pushed through the graph
+until a linear layer takes them in: the one before (``W' = s W``, ``b' = s b + t``) or those
+behind (``W' = W s``, ``b' = b + W t``). What nothing takes in becomes one scale and shift.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree
 
 from ..errors import SurgeryError
-from ..nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Norm, PerActivationBatchNorm
 from .accelerate import restore
+from .folding.absorbing import folded_weights
+from .folding.expanding import expand
+from .folding.functions import layers_of_functions
+from .folding.leaving import settle
+from .folding.proof import drawn_like, largest_apart, outputs, per_norm, relative
+from .folding.pushing import Move, push
+from .folding.report import Folded, FoldReport
+from .folding.values import record
 from .freeze import unfreeze
-from .graph import (
-    LAYERS,
-    NORMS,
-    is_norm,
-    module_of,
-    name_of,
-    rank_expected,
-    shape_of,
-    trace,
-)
+from .graph import NORMS, inputs_of, trace
 
-__all__ = ["FoldReport", "fold", "folded_weights", "skip_norms"]
+__all__ = ["FoldReport", "Folded", "fold", "folded_weights", "skip_norms"]
 
 BUDGET = 1e-5
 """The largest difference allowed, relative to the largest output (float32 rounding is 6e-8)."""
 
+EXACT_BUDGET = 1e-9
+"""The same in double precision, at every norm and at the end."""
 
-@dataclass(frozen=True)
-class FoldReport:
-    """What was folded, what was left and why, and the proof.
+WORSE = 10.0
+"""How much farther from the exact outputs than the original's own rounding a fold may be."""
 
-    ``difference`` is the largest difference between the two networks' outputs on the example,
-    ``scale`` the largest output, ``budget`` the relative difference that was allowed.
-    """
-
-    folded: tuple[tuple[str, str], ...]
-    left: tuple[tuple[str, str], ...]
-    difference: float
-    scale: float
-    budget: float
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.folded)} norms folded, {len(self.left)} left"]
-        lines += [f"  {norm} into {layer}" for norm, layer in self.folded]
-        lines += [f"  {norm} stays: {reason}" for norm, reason in self.left]
-        lines.append(
-            f"  largest output difference {self.difference:.2e} of {self.scale:.3g} "
-            f"(budget {self.budget:.0e} relative)"
-        )
-        return "\n".join(lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain values."""
-        return asdict(self)
+DEAD = 1e-12
+"""A variance below this is that of a channel that always had the same value."""
 
 
-def folded_weights(
-    weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, axis: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a linear layer that also does ``scale * y + shift`` on its output.
+def fold(model: nn.Module, example: Any) -> tuple[fx.GraphModule, FoldReport]:
+    """A copy of the network in eval mode with every norm folded that algebra can remove.
 
-    ::
-
-        W'[o] = scale[o] * W[o]        b'[o] = scale[o] * b[o] + shift[o]
+    The work is done in double precision and compared with the network as it was, at every folded
+    norm and at the outputs, on the example and on random inputs with the same mean and deviation
+    per channel; then in the network's own precision at the outputs. There is no way to go without.
 
     Args:
-        weight: of the layer, the output channels on ``axis``.
-        bias: (o,) or None for zero.
-        scale, shift: (o,), best in float64.
+        model: a network that torch.fx can trace; it is not touched.
+        example: an input, a tuple of inputs or a dict of inputs by name.
 
     Returns:
-        weight and bias in the weight's dtype, computed in float64.
-    """
-    shape = [1] * weight.dim()
-    shape[axis] = -1
-    wide = weight.double() * scale.double().reshape(shape)
-    start = torch.zeros_like(scale, dtype=torch.float64) if bias is None else bias.double()
-    folded_bias = start * scale.double() + shift.double()
-    return wide.to(weight.dtype), folded_bias.to(weight.dtype)
-
-
-def fold(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, FoldReport]:
-    """A copy of the network in eval mode with every norm folded that can be.
+        The folded network, in the model's types and on its device, and a `FoldReport`.
 
     Raises:
         SurgeryError: the model cannot be traced, or the folded copy's outputs differ by more than
-            the budget; the given model is untouched in any case.
+            the budget.
     """
     original = restore(model).eval()  # an accelerated norm does more than a norm
     unfreeze(original)  # in inference it is a norm like any other
-    traced = trace(original, example, inference=True)
-    folded: list[tuple[str, str]] = []
-    left: dict[str, str] = {}  # a norm called twice is one norm
-    for node in list(traced.graph.nodes):
-        if not is_norm(node):
-            continue
-        reason = _refusal(node)
-        if reason is not None:
-            left.setdefault(name_of(node), reason)
-            continue
-        before = node.all_input_nodes[0]
-        _absorb(before, node)
-        folded.append((str(node.target), str(before.target)))
-        node.replace_all_uses_with(before)
-        traced.graph.erase_node(node)
-    traced.delete_all_unused_submodules()
-    traced.graph.lint()
-    traced.recompile()
-    difference, scale = _compare(original, traced, example)
-    if not difference <= BUDGET * scale:
-        raise SurgeryError(
-            f"folding changed the output by {difference:.2e} where {BUDGET * scale:.2e} is "
-            "allowed; nothing was changed; the usual causes are a running mean far above the "
-            "deviation and half precision (fold in float32, then convert)"
-        )
-    return traced, FoldReport(tuple(folded), tuple(left.items()), difference, scale, BUDGET)
+    _bake(original)
+    dtypes = {
+        name: t.dtype for name, t in (*original.named_parameters(), *original.named_buffers())
+    }
+    traced, inputs, is_wide = _traced(original, example)
+    reference = copy.deepcopy(traced)
+    _check_trace(original, reference, inputs, is_wide)
+    notes = _odd_variances(original)
+    moves, left = _folded(traced, inputs, dtypes)
+    differences, exact = _check_algebra(reference, traced, moves, inputs, is_wide)
+    if is_wide:
+        notes += _narrow(traced, dtypes)
+    given = inputs_of(traced, example)
+    exacts = (reference, inputs) if is_wide else None
+    difference, scale, budget = _check_rounding(original, traced, given, exacts)
+    folded = tuple(
+        Folded(m.norm, tuple(m.into), tuple(m.through), m.direction, d)
+        for m, d in zip(moves, differences, strict=True)
+    )
+    whole = exact if is_wide else None
+    return traced, FoldReport(folded, left, difference, scale, budget, whole, tuple(notes))
 
 
 def skip_norms(model: nn.Module) -> nn.Module:
@@ -134,97 +97,174 @@ def skip_norms(model: nn.Module) -> nn.Module:
     return own
 
 
-_KNOWN = (
-    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
-    BatchNorm1d, BatchNorm2d, BatchNorm3d, Norm, PerActivationBatchNorm,
-    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,
-    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-)  # fmt: skip
-"""Classes that do what their name says and nothing else; a subclass may do more."""
+def _bake(model: nn.Module) -> None:
+    """Weights that are computed anew at every call (weight norm) as plain parameters.
+
+    Torch's own ``remove_parametrizations`` takes the property from a class that copies share.
+    """
+    for module in list(model.modules()):
+        if not parametrize.is_parametrized(module):
+            continue
+        names = list(module._modules["parametrizations"]._modules)  # type: ignore[union-attr]
+        with torch.no_grad():
+            values = {name: getattr(module, name).clone() for name in names}
+        kind = parametrize.type_before_parametrizations(module)
+        del module._modules["parametrizations"]
+        module.__class__ = kind
+        for name, value in values.items():
+            module.register_parameter(name, nn.Parameter(value))
 
 
-def _refusal(node: fx.Node) -> str | None:
-    """Why the norm cannot be folded into what is before it, or None."""
-    norm, value = module_of(node), node.all_input_nodes[0]
-    if norm is None:
-        return "it is a function, not a module"
-    reason = _not_a_map(norm, shape_of(value))
-    if reason is not None:
-        return reason
-    layer = module_of(value)
-    if not isinstance(layer, LAYERS):
-        return f"its input comes from '{name_of(value)}', which is not a conv or dense layer"
-    if len(value.users) > 1:
-        others = sorted(name_of(user) for user in value.users if user is not node)
-        return f"the output of '{value.target}' is also used by {', '.join(others)}"
-    for called, module in ((value, layer), (node, norm)):
-        if type(module) not in _KNOWN:
-            return (
-                f"'{called.target}' is a {type(module).__name__}, which may do more than its base"
+def _traced(model: nn.Module, example: Any) -> tuple[fx.GraphModule, tuple[Any, ...], bool]:
+    """The network in double precision if it runs in it, with the inputs and whether it does."""
+
+    def widened(t: Tensor) -> Tensor:
+        return t.double() if t.is_floating_point() else t
+
+    try:
+        wide = copy.deepcopy(model).double()
+        inputs = pytree.tree_map_only(Tensor, widened, example)
+        traced = trace(wide, inputs, inference=True)
+        return traced, inputs_of(traced, inputs), True
+    except (SurgeryError, RuntimeError, TypeError):  # something in it insists on its precision
+        traced = trace(model, example, inference=True)
+        return traced, inputs_of(traced, example), False
+
+
+def _check_trace(
+    original: nn.Module, reference: fx.GraphModule, inputs: tuple[Any, ...], is_wide: bool
+) -> None:
+    """torch.fx takes ``v += x`` for ``v = v + x``; where that matters, it has another network."""
+    whole = copy.deepcopy(original).double() if is_wide else original
+    apart = relative(*largest_apart(outputs(whole, inputs), outputs(reference, inputs)))
+    budget = EXACT_BUDGET if is_wide else BUDGET
+    if not apart <= budget:
+        raise SurgeryError(
+            f"what torch.fx sees of {type(original).__name__} differs from it by {apart:.1e} of "
+            "the largest output; nothing was changed; the usual causes are a value that is "
+            "written over in place under another name, and random numbers"
+        )
+
+
+def _folded(
+    traced: fx.GraphModule, inputs: tuple[Any, ...], dtypes: dict[str, torch.dtype]
+) -> tuple[list[Move], tuple[tuple[str, str], ...]]:
+    """Folds what can be, in place; what was done, and what stays with the reasons."""
+    record(traced, inputs)
+    for node in traced.graph.nodes:
+        node.meta["means"] = node.name
+    layers_of_functions(traced, dtypes)
+    traced.meta["limits"] = {
+        name.removesuffix(".weight"): torch.finfo(dtype).max
+        for name, dtype in dtypes.items()
+        if name.endswith(".weight") and dtype.is_floating_point
+    }
+    left = expand(traced)
+    moves, reasons = push(traced)
+    for node in [n for n in traced.graph.nodes if n.op == "get_attr" and not n.users]:
+        traced.graph.erase_node(node)
+    settle(traced, moves, dtypes)
+    for norm, why in reasons.items():
+        left.setdefault(norm, why)
+    traced.delete_all_unused_submodules()
+    traced.graph.lint()
+    traced.recompile()
+    return moves, tuple(left.items())
+
+
+def _check_algebra(
+    reference: fx.GraphModule,
+    folded: fx.GraphModule,
+    moves: list[Move],
+    inputs: tuple[Any, ...],
+    is_wide: bool,
+) -> tuple[list[float], float]:
+    """The differences at each norm and at the end, on the example and on random inputs like it."""
+    budget = EXACT_BUDGET if is_wide else BUDGET
+    worst, end = [0.0] * len(moves), 0.0
+    for given in (inputs, drawn_like(inputs)):
+        found = per_norm(reference, folded, moves, given)
+        worst = [max(pair) for pair in zip(worst, found, strict=True)]
+        apart = largest_apart(outputs(reference, given), outputs(folded, given))
+        end = max(end, relative(*apart))
+    for move, difference in zip(moves, worst, strict=True):
+        if not difference <= budget:
+            raise SurgeryError(
+                f"folding '{move.norm}' into {', '.join(move.into)} changed what comes behind it "
+                f"by {difference:.1e} of the largest value, where {budget:.0e} is allowed; nothing "
+                "was changed; please report it with the network"
             )
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"'{called.target}' has hooks, which may change what it computes"
-        if _uses(called) > 1:
-            return f"'{called.target}' is used more than once"
-    if len(shape_of(value)) != rank_expected(value):
-        return f"channels are not the second axis of what '{value.target}' gives"
-    if isinstance(layer, nn.modules.conv._ConvTransposeNd) and layer.groups > 1:
-        return f"'{value.target}' is a transposed convolution with groups"
-    return None
+    if not end <= budget:
+        raise SurgeryError(
+            f"folding changed the output by {end:.1e} of the largest, where {budget:.0e} is "
+            "allowed; nothing was changed; please report it with the network"
+        )
+    return worst, end
 
 
-def _not_a_map(norm: nn.Module, shape: tuple[int, ...]) -> str | None:
-    """Why the norm is no fixed map of each channel in inference, or None."""
-    if isinstance(norm, Norm):
-        if not norm.spec.averages_batch:
-            return "each sample has its own statistics"
-        bound = norm.spec.bind(shape, norm.sizes)
-        if len(norm.spec.axes[1]) > 1 or {*bound.kept, *bound.affine} - {1}:
-            return "its scale and shift are not one number for each channel"
-    elif not isinstance(norm, nn.modules.batchnorm._BatchNorm):
-        return "each sample has its own statistics"
-    if norm.running_mean is None or norm.running_var is None:
-        return "it has no running statistics"
-    if getattr(norm, "activation", None) is not None:
-        return f"it also does '{norm.activation}'"
-    return None
+def _narrow(traced: fx.GraphModule, dtypes: Mapping[str, torch.dtype]) -> list[str]:
+    """Gives every tensor the type that it had, and says what was too small for it."""
+    flushed: list[str] = []
+    for owner, module in traced.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None or tensor.dtype != torch.float64:
+                continue
+            path = f"{owner}.{name}" if owner else name
+            dtype = dtypes.get(path) or dtypes.get(f"{owner}.weight") or torch.float32
+            with torch.no_grad():
+                narrow = tensor.to(dtype)
+                tiny = (narrow != 0) & (narrow.abs() < torch.finfo(dtype).tiny)
+                if dtype in (torch.float32, torch.bfloat16) and bool(tiny.any()):
+                    narrow = torch.where(tiny, torch.zeros_like(narrow), narrow)
+                    flushed.append(f"{int(tiny.sum())} subnormal numbers of {path} are now 0")
+            if isinstance(tensor, nn.Parameter):
+                narrow = nn.Parameter(narrow, requires_grad=tensor.requires_grad)
+            setattr(module, name, narrow)
+    return flushed
 
 
-def _uses(node: fx.Node) -> int:
-    """How often the network calls the node's module or reads one of its weights."""
-    name = str(node.target)
-    return sum(
-        (other.op == "call_module" and other.target == name)
-        or (other.op == "get_attr" and str(other.target).startswith(f"{name}."))
-        for other in node.graph.nodes
-    )
+def _check_rounding(
+    original: nn.Module,
+    folded: fx.GraphModule,
+    inputs: tuple[Any, ...],
+    exact: tuple[fx.GraphModule, tuple[Any, ...]] | None,
+) -> tuple[float, float, float]:
+    """The largest difference in the network's own precision, the largest output, the budget."""
+    found = []
+    for seed in (None, 1):
+        given = inputs if seed is None else drawn_like(inputs, seed)
+        old, new = outputs(original, given), outputs(folded, given)
+        apart, scale = largest_apart(old, new)
+        budget = BUDGET
+        if not apart <= BUDGET * scale and exact is not None:
+            wide = tuple(
+                t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in given
+            )
+            own = relative(largest_apart(outputs(exact[0], wide), old)[0], scale)
+            budget += WORSE * own
+        if not apart <= budget * scale:
+            raise SurgeryError(
+                f"folding changed the output by {apart:.2e} where {budget * scale:.2e} is "
+                "allowed; nothing was changed; the usual causes are a running mean far above the "
+                "deviation and half precision (fold in float32, then convert)"
+            )
+        found.append((apart, scale, budget))
+    return max(found, key=lambda one: relative(one[0], one[1]))
 
 
-def _absorb(value: fx.Node, node: fx.Node) -> None:
-    """Puts the norm's map into the weights of the layer."""
-    layer: Any = module_of(value)
-    norm: Any = module_of(node)
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.double()
-    shift = -norm.running_mean.double() * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.double()
-    axis = int(isinstance(layer, nn.modules.conv._ConvTransposeNd))
-    channels = layer.weight.shape[axis]
-    scale, shift = scale.expand(channels), shift.expand(channels)
-    with torch.no_grad():
-        weight, bias = folded_weights(layer.weight, layer.bias, scale, shift, axis)
-    layer.weight = nn.Parameter(weight)
-    layer.bias = nn.Parameter(bias)
-
-
-def _compare(a: nn.Module, b: nn.Module, example: Tensor) -> tuple[float, float]:
-    """The largest difference of two networks' outputs, and the largest output."""
-    with torch.no_grad():
-        first, second = a(example), b(example)
-    if not isinstance(first, Tensor):
-        raise SurgeryError(f"the network gives {type(first).__name__}, not one tensor, to compare")
-    if first.numel() == 0:
-        raise SurgeryError("the example gives no output to compare; give a batch of real inputs")
-    return float((first - second).abs().max()), float(first.abs().max())
+def _odd_variances(model: nn.Module) -> list[str]:
+    """Channels that never varied: their scale is that of eps, and tells nothing about the data."""
+    notes = []
+    for path, module in model.named_modules():
+        var: Any = getattr(module, "running_var", None)
+        eps: Any = getattr(module, "eps", None)
+        if not isinstance(var, Tensor) or not isinstance(eps, float) or not var.numel():
+            continue
+        dead = int((var < DEAD).sum())
+        if dead:
+            largest = float((var.double().min().clamp_min(0) + eps).rsqrt())
+            notes.append(
+                f"{path}: {dead} of {var.numel()} variances are below {DEAD:.0e}, so x is scaled "
+                f"by up to {largest:.0f} there"
+            )
+    return notes

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.utils import _pytree as pytree
 
 from ..errors import SurgeryError
 from ..nn import Norm
+from ..nn.folded import BORDERED, ScaleShift
 
 __all__ = [
     "LAYERS",
     "NORMS",
     "add_module",
     "copied",
+    "first_line",
+    "inputs_of",
     "is_activation",
     "is_layer",
     "is_norm",
@@ -71,10 +76,11 @@ _DROPOUTS: dict[Any, type[nn.Module]] = {
 
 
 class _Tracer(fx.Tracer):
-    """fx's tracer with every norm as a leaf, ours and subclasses of torch's too."""
+    """fx's tracer with every norm as a leaf, subclasses of torch's and what folding leaves too."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, NORMS) or super().is_leaf_module(m, module_qualified_name)
+        is_ours = isinstance(m, (*NORMS, ScaleShift, *BORDERED.values()))
+        return is_ours or super().is_leaf_module(m, module_qualified_name)
 
 
 def copied(model: M) -> M:
@@ -87,18 +93,42 @@ def copied(model: M) -> M:
         return copy.deepcopy(model)
     except Exception as error:
         raise SurgeryError(
-            f"{type(model).__name__} cannot be copied, so it is not edited: {_first_line(error)}"
+            f"{type(model).__name__} cannot be copied, so it is not edited: {first_line(error)}"
         ) from error
 
 
-def trace(model: nn.Module, example: Tensor, *, inference: bool = False) -> fx.GraphModule:
+def inputs_of(traced: fx.GraphModule, example: Any) -> tuple[Any, ...]:
+    """The inputs in the order in which the graph takes them.
+
+    Args:
+        traced: the graph.
+        example: an input, a tuple of inputs or a dict of inputs by name.
+
+    Raises:
+        SurgeryError: a name is that of no input.
+    """
+    if not isinstance(example, Mapping):
+        return example if isinstance(example, tuple) else (example,)
+    names = [str(node.target) for node in traced.graph.nodes if node.op == "placeholder"]
+    unknown = sorted(set(example) - set(names))
+    given = [name for name in names if name in example]
+    if unknown or given != names[: len(given)]:
+        raise SurgeryError(
+            f"the example has {', '.join(map(str, example))}, but the network takes "
+            f"{', '.join(names)}; give the first ones by these names"
+        )
+    return tuple(example[name] for name in given)
+
+
+def trace(model: nn.Module, example: Any, *, inference: bool = False) -> fx.GraphModule:
     """A traced deep copy of the model, every node with its output's shape for the example.
 
     The graph serves training and inference: a functional dropout that asks for ``self.training``
     becomes a module, for torch.fx writes the flag into the graph as it finds it.
 
     Args:
-        model, example: the network and an input batch.
+        model: the network.
+        example: an input batch, a tuple of inputs or a dict of inputs by name.
         inference: the graph need not train, so what the network does in training is nobody's
             concern.
 
@@ -108,29 +138,61 @@ def trace(model: nn.Module, example: Tensor, *, inference: bool = False) -> fx.G
     """
     kind = type(model).__name__
     modes = {name: module.training for name, module in model.named_modules()}
-    traced = _traced(copied(model).eval(), kind)
+    traced = _in_inference(model, kind) if inference else _traced(copied(model).eval(), kind)
     if not inference:
         _serve_both_modes(traced, _traced(copied(model).train(), kind), kind)
     traced.eval()
+    inputs = inputs_of(traced, example)
     try:
         with torch.no_grad():
-            ShapeProp(traced).propagate(example)
+            # Some networks write over their inputs.
+            ShapeProp(traced).propagate(*pytree.tree_map_only(Tensor, Tensor.clone, inputs))
     except Exception as error:
+        shapes = ", ".join(str(tuple(t.shape)) for t in inputs if isinstance(t, Tensor))
         raise SurgeryError(
-            f"{kind} cannot run an input of shape {tuple(example.shape)}: {_first_line(error)}"
+            f"{kind} cannot run an input of shape {shapes}: {first_line(error)}"
         ) from error
     for name, module in traced.named_modules():
         module.training = modes.get(name, modes[""])
     return traced
 
 
-def _traced(own: nn.Module, kind: str) -> fx.GraphModule:
+class _Follower(_Tracer):
+    """Goes into the forward of a batch norm's subclass, which may do more than its base."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return super().is_leaf_module(m, module_qualified_name) and not _is_odd(m)
+
+
+def _is_odd(module: nn.Module) -> bool:
+    own = type(module).__module__.partition(".")[0] in ("torch", "evenkeel")
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and not own
+
+
+def _in_inference(model: nn.Module, kind: str) -> fx.GraphModule:
+    """The graph in eval mode, subclasses of batch norm as what they do if that can be traced."""
+    own = copied(model).eval()
+    odd = [module for module in own.modules() if _is_odd(module)]
+    for module in odd:  # its check of the rank would ask a stand-in
+        vars(module)["_check_input_dim"] = lambda input: None
+    try:
+        return _traced(own, kind, _Follower())
+    except SurgeryError:
+        if not odd:
+            raise
+        return _traced(copied(model).eval(), kind)
+    finally:
+        for module in odd:
+            del vars(module)["_check_input_dim"]
+
+
+def _traced(own: nn.Module, kind: str, tracer: _Tracer | None = None) -> fx.GraphModule:
     """The model with its graph in the mode that it is in."""
     try:
-        return fx.GraphModule(own, _Tracer().trace(own), kind)
+        return fx.GraphModule(own, (tracer or _Tracer()).trace(own), kind)
     except Exception as error:
         raise SurgeryError(
-            f"{kind} cannot be traced by torch.fx ({_first_line(error)}); rewrite "
+            f"{kind} cannot be traced by torch.fx ({first_line(error)}); rewrite "
             "the control flow that depends on tensor values, or move it into a module of torch.nn"
         ) from error
 
@@ -233,6 +295,7 @@ def _called(node: fx.Node) -> str:
     return ""
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of what an error says."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0]
