@@ -12,6 +12,7 @@ help:
 	@echo "make test    install what the tests need and run them all, lint and types included"
 	@echo "make check   lint and types only"
 	@echo "make sanitize  drive the C++ kernels under sanitizers (four minutes; CASES=$(CASES) SEED=$(SEED))"
+	@echo "make graphs  fold random networks and compare (GRAPHS=$(GRAPHS); minutes)"
 	@echo "make huge    drive the C++ kernels on tensors of more than 2^31 values (Linux)"
 	@echo "make clean   remove .venv, build and caches; runs/ is kept"
 
@@ -46,6 +47,13 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 	@echo "Installing evenkeel and its tests' needs into .venv (the first time takes a few minutes)"
 	@$(PIP) --editable ".[test]"
 	@touch $@ .venv/installed
+
+# Random small networks, folded: the tests do 200 of them, this as many as asked for.
+GRAPHS ?= 2000
+
+.PHONY: graphs
+graphs: .venv/installed-for-tests
+	EVENKEEL_GRAPHS=$(GRAPHS) $(BIN)/python -m pytest tests/surgery/test_fold_random.py --timeout 3600
 
 # The C++ kernels without Python: native/README.md says what is checked.
 CASES ?= 400

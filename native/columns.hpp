@@ -204,11 +204,16 @@ struct Columns {
   };
 
   // Calls f(row, how many) for all rows: tiles from the last to the first, for the last ones are
-  // in cache, and within a tile in the order of memory.
+  // in cache, and within a tile in the order of memory. Where a vector is less than a line, several
+  // rows at a time would be more half-filled lines than the processor gathers for streaming.
   template <class F>
-  INLINE void backwards(const Slab& s, F f) const {
-    for (Index end = s.i1; end > s.i0; end -= std::min<Index>(rows, end - s.i0))
-      few<4>(std::max<Index>(s.i0, end - rows), end, f);
+  INLINE void backwards(const Slab& s, bool stream, F f) const {
+    constexpr bool fills_lines = EVENKEEL_BYTES == 64;
+    for (Index end = s.i1; end > s.i0; end -= std::min<Index>(rows, end - s.i0)) {
+      const Index start = std::max<Index>(s.i0, end - rows);
+      if (stream && !fills_lines) few<1>(start, end, f);
+      else few<4>(start, end, f);
+    }
   }
 
   template <Act A, bool R>
@@ -217,7 +222,7 @@ struct Columns {
     const C slope = static_cast<C>(p.slope);
     const bool keeps = R && has_mask(A) && p.mask;
     const Index stride = width, b0 = s.b0;
-    backwards(s, [&, this](Index i, auto many) INLINE {
+    backwards(s, stream, [&, this](Index i, auto many) INLINE {
       const T *x = in(p.x, i), *r = R ? in(p.residual, i) : nullptr;
       T* y = out(p.y, i);
       std::uint8_t* bits[many];
@@ -312,7 +317,7 @@ struct Columns {
     constexpr bool adds = R == Source::sum && A != Act::none;
     const bool writes_dr = R != Source::x && p.dresidual;
     const Index stride = width, b0 = s.b0;
-    backwards(s, [&, this](Index i, auto many) INLINE {
+    backwards(s, stream, [&, this](Index i, auto many) INLINE {
       const T *x = in(p.x, i), *dy = in(p.dy, i), *r = adds ? in(p.residual, i) : nullptr;
       T *dx = out(p.dx, i), *dr = writes_dr ? out(p.dresidual, i) : nullptr;
       const std::uint8_t* bits[many];

@@ -176,6 +176,7 @@ def test_public_names():
         "check",
         "conventions",
         "errors",
+        "exchange",
         "fold",
         "freeze",
         "functional",
@@ -186,6 +187,7 @@ def test_public_names():
         "recalibrate",
         "recalibrated",
         "restore",
+        "unfold",
         "unfreeze",
     ]
     for name in evenkeel.__all__:

@@ -25,6 +25,7 @@ _HOMES = {
     "accelerate": "surgery.accelerate",
     "batch_norm": "functional",
     "check": "checks.verb",
+    "exchange": "surgery.exchange",
     "fold": "surgery.fold",
     "freeze": "surgery.freeze",
     "introduce": "surgery.introduce",
@@ -33,6 +34,7 @@ _HOMES = {
     "recalibrate": "surgery.recalibrate",
     "recalibrated": "surgery.recalibrate",
     "restore": "surgery.accelerate",
+    "unfold": "surgery.unfold",
     "unfreeze": "surgery.freeze",
 }
 _ROOMS = ("allocator", "conventions", "errors", "functional", "nn")
@@ -50,6 +52,7 @@ __all__ = [
     "check",
     "conventions",
     "errors",
+    "exchange",
     "fold",
     "freeze",
     "functional",
@@ -60,6 +63,7 @@ __all__ = [
     "recalibrate",
     "recalibrated",
     "restore",
+    "unfold",
     "unfreeze",
 ]
 
@@ -81,12 +85,14 @@ if TYPE_CHECKING:
     from .pattern import parse as parse
     from .surgery.accelerate import accelerate as accelerate
     from .surgery.accelerate import restore as restore
+    from .surgery.exchange import exchange as exchange
     from .surgery.fold import fold as fold
     from .surgery.freeze import freeze as freeze
     from .surgery.freeze import unfreeze as unfreeze
     from .surgery.introduce import introduce as introduce
     from .surgery.recalibrate import recalibrate as recalibrate
     from .surgery.recalibrate import recalibrated as recalibrated
+    from .surgery.unfold import unfold as unfold
 
 
 def __getattr__(name: str) -> Any:

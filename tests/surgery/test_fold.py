@@ -537,3 +537,40 @@ def test_what_stays_has_the_networks_own_precision_single_at_least(dtype):
     assert kinds(folded) == ["ScaleShift"] * 3
     kept = {t.dtype for t in folded.buffers()}
     assert kept == {torch.promote_types(dtype, torch.float32)}
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """As torchvision and detectron2 have it: all buffers, and a forward of its own."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.eps = 1e-5
+        for name, value in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 1)):
+            self.register_buffer(name, torch.full((n,), float(value)))
+
+    def forward(self, x):
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return x * scale[:, None, None] + (self.bias - self.running_mean * scale)[:, None, None]
+
+
+def test_frozen_norms_of_other_libraries():
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), FrozenBatchNorm2d(6), nn.ReLU())
+    _, report = all_folded(randomized(model).double(), example(SHAPES[2], torch.float64), 1e-13)
+    assert pairs(report) == [("1", "0")]
+
+
+def test_rows_of_an_embedding_take_a_norm_in():
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(7, 5, padding_idx=2)
+            self.norm, self.fc = BatchNorm1d(5), nn.Linear(5, 3)
+
+        def forward(self, words):
+            return self.fc(self.norm(self.embedding(words).transpose(1, 2)).mean(2))
+
+    model = randomized(Words())
+    words = torch.arange(12).reshape(2, 6) % 7
+    folded, report = fold(model, words)
+    assert report.folded[0][:3] == ("norm", ("embedding",), ("transpose",))
+    torch.testing.assert_close(folded(words), model.eval()(words))

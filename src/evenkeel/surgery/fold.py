@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from ..errors import SurgeryError
+from ..nn import Norm
 from .accelerate import restore
 from .folding.absorbing import folded_weights
 from .folding.expanding import expand
@@ -29,6 +30,7 @@ from .folding.report import Folded, FoldReport
 from .folding.values import record
 from .freeze import unfreeze
 from .graph import NORMS, inputs_of, trace
+from .kinds import computes_a_norm, is_bare_frozen
 
 __all__ = ["FoldReport", "Folded", "fold", "folded_weights", "skip_norms"]
 
@@ -66,6 +68,7 @@ def fold(model: nn.Module, example: Any) -> tuple[fx.GraphModule, FoldReport]:
     original = restore(model).eval()  # an accelerated norm does more than a norm
     unfreeze(original)  # in inference it is a norm like any other
     _bake(original)
+    _recognize(original)
     dtypes = {
         name: t.dtype for name, t in (*original.named_parameters(), *original.named_buffers())
     }
@@ -113,6 +116,16 @@ def _bake(model: nn.Module) -> None:
         module.__class__ = kind
         for name, value in values.items():
             module.register_parameter(name, nn.Parameter(value))
+
+
+def _recognize(model: nn.Module) -> None:
+    """Frozen norms as torchvision and detectron2 have them, as norms."""
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if path and is_bare_frozen(module) and computes_a_norm(module):
+            norm = Norm("n c ... -> c", c=len(module.weight), eps=module.eps)
+            norm.load_state_dict(module.state_dict(), strict=False)
+            like: Any = module.weight
+            model.set_submodule(path, norm.to(like.device, like.dtype).eval())
 
 
 def _traced(model: nn.Module, example: Any) -> tuple[fx.GraphModule, tuple[Any, ...], bool]:

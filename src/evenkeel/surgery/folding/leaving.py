@@ -53,6 +53,8 @@ def _chain(node: fx.Node, shared: set[fx.Node]) -> tuple[list[fx.Node], fx.Node 
     if node.all_input_nodes[0] in shared:  # it would be computed later than it was
         return chain, None, None
     residual = _residual(node)
+    if residual in shared:
+        residual = None
     if residual is not None:
         chain += real_users(node)
     activation = _activation(chain[-1])

@@ -11,9 +11,10 @@ from torch import fx
 
 from ..graph import module_of, name_of
 from .absorbing import absorb_before, absorb_behind, is_layer, why_not
-from .commuting import Stuck, backward, forward, kind_of
+from .commuting import Stuck, backward, forward
 from .expanding import is_map
 from .maps import Map
+from .operations import kind_of
 from .values import real_users
 
 __all__ = ["Move", "push", "written_over"]
