@@ -28,9 +28,9 @@ def settle(graph: fx.GraphModule, moves: list[Move], dtypes: dict[str, torch.dty
         dtypes: the network's own type of each tensor; gets those of the new modules, for which
             half precision is not enough.
     """
-    shared, taken = written_over(graph), set[str]()
+    taken = set[str]()
     for node in [n for n in graph.graph.nodes if is_map(n)]:
-        chain, residual, activation = _chain(node, shared)
+        chain, residual, activation = _chain(node, written_over(graph))
         module = _module(node, activation)
         name = _place(graph, node, module, taken)
         own = dtypes.get(node.meta["source"], torch.float32)
