@@ -6,9 +6,10 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from evenkeel.errors import SurgeryError
+from evenkeel.errors import ConfigError, SurgeryError
 from evenkeel.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Norm, PerActivationBatchNorm
 from evenkeel.study.models import ACTIVATIONS
 from evenkeel.surgery.graph import is_activation, is_layer, is_norm, is_pooling
@@ -248,6 +249,152 @@ def test_ranks_have_their_own_classes():
     for statistics in ("per-activation", "per-location", "layer"):
         network, _ = introduce(three, cube, statistics=statistics)
         assert network(torch.randn(4, 2, 5, 5, 5)).shape == (4, 3, 3, 3, 3)
+
+
+def test_a_pattern_is_another_way_to_say_statistics():
+    text = "n c h w -> c w"
+    _, one = introduce(built("standard"), images(2), pattern=text)
+    _, two = introduce(built("standard"), images(2), statistics=text)
+    _, three = introduce(built("standard"), images(2), pattern=text, statistics=text)
+    assert one == two == three
+    assert f"Norm('{text}'" in one.norms[0][1]
+
+
+def test_a_pattern_of_two_axes_is_for_dense_values():
+    network, _ = introduce(built("paper"), images(2), pattern="n c ->")
+    assert str(network.fc1_norm.spec) == "n c ->"
+    network, _ = introduce(built("paper"), images(2), pattern="n c ->", dense_statistics="layer")
+    assert str(network.fc1_norm.spec) == "n c -> n"
+    network, _ = introduce(built("standard"), images(2), pattern="n c -> c", layers="dense")
+    assert type(network.fc1_norm) is Norm
+    with pytest.raises(ConfigError, match=r"describes 2 dimensions but got 4"):
+        introduce(built("standard"), images(2), pattern="n c -> c")
+
+
+# Chosen places
+
+
+class Blocks(nn.Module):
+    """Blocks of modules and functions, some with a norm; the last layer gives the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, padding=1)
+        self.normed = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+        self.free = nn.Sequential(nn.Conv2d(4, 4, 1), Activated(), nn.Conv2d(4, 4, 1))
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.free(self.normed(torch.tanh(self.stem(x)))))
+        return self.fc(x.mean((2, 3)))
+
+
+class Activated(nn.Module):
+    def forward(self, x):
+        return F.silu(x)
+
+
+BEFORE, AFTER, ADDED = "before-activation", "after-activation", "after-addition"
+
+
+@pytest.mark.parametrize(
+    ("placement", "where", "names"),
+    [
+        (BEFORE, "stem", ["stem_norm"]),
+        (BEFORE, "free", ["free.0_norm", "free.2_norm"]),
+        (BEFORE, "free.2", ["free.2_norm"]),
+        (BEFORE, ["free.2", "stem"], ["stem_norm", "free.2_norm"]),
+        (BEFORE, ("free", "free.0"), ["free.0_norm", "free.2_norm"]),
+        (BEFORE, lambda name, module: module.kernel_size == (3, 3), ["stem_norm"]),
+        (AFTER, "tanh", ["tanh_norm"]),
+        (AFTER, "free", ["silu_norm"]),
+        (AFTER, "free.1", ["silu_norm"]),
+        (AFTER, ["relu", "normed"], ["normed.2_norm", "relu_norm"]),
+        (AFTER, lambda name, module: module is None, ["tanh_norm", "silu_norm", "relu_norm"]),
+        (ADDED, ["silu"], ["silu_input_norm"]),
+        ("on-input", "fc", ["fc_input_norm"]),
+        ("on-input", lambda name, _: name.startswith("f"),
+         ["free.0_input_norm", "free.2_input_norm", "fc_input_norm"]),
+    ],
+)  # fmt: skip
+def test_where_chooses_places_in_a_network_that_has_norms(placement, where, names):
+    network, report = introduce(Blocks(), images(2), placement, where=where)
+    assert [name for name, _ in report.norms] == names
+    assert network(images()).shape == (6, 3)
+    for node in network.graph.nodes:
+        assert not (is_norm(node) and any(map(is_norm, node.users))), "two norms in a row"
+
+
+def test_places_beside_a_norm_are_left_with_the_reason():
+    _, report = introduce(Blocks(), images(2), where=lambda name, module: True)
+    assert [name for name, _ in report.norms] == ["stem_norm", "free.0_norm", "free.2_norm"]
+    assert report.left == (("normed.0", "the norm 'normed.1' is there"),)
+    assert "nothing at normed.0: the norm 'normed.1' is there" in str(report)
+    _, report = introduce(Blocks(), images(2), ADDED, where=lambda name, module: True)
+    assert [place for place, _ in report.left] == ["normed.2"]
+
+
+def test_where_and_the_other_choices_go_together():
+    _, report = introduce(built("standard"), images(2), where=["conv1", "conv2", "fc1"], every=2)
+    assert [name for name, _ in report.norms] == ["conv1_norm", "fc1_norm"]
+    _, report = introduce(
+        built("standard"), images(2), where=lambda name, _: name != "conv1", layers="conv"
+    )
+    assert [name for name, _ in report.norms] == ["conv2_norm"]
+
+
+def test_each_call_of_a_layer_has_a_name():
+    network, report = introduce(Twice(ends=False), images(2), where="conv_1")
+    assert norm_places(network, is_norm) == {"conv_norm": "conv_1"}
+    assert report.dropped_biases == ()
+
+
+def test_biases_in_front_of_norms_that_were_there_stay():
+    model = Blocks()
+    network, report = introduce(model, images(2), where="stem")
+    assert report.dropped_biases == ("stem",)
+    assert torch.equal(network.get_submodule("normed.0").bias, model.normed[0].bias)
+
+
+def test_a_hook_keeps_the_bias():
+    model = built("standard")
+    model.conv1.register_forward_hook(lambda module, args, output: output * output)
+    assert introduce(model, images(2))[1].dropped_biases == ("conv2", "fc1")
+
+
+@pytest.mark.parametrize(
+    ("placement", "options", "match"),
+    [
+        (BEFORE, {"where": "stm"}, r"Blocks has no module and no node 'stm' \(did you mean 'stem'"),
+        (BEFORE, {"where": ["stem", "fre"]}, r"where='fre': .*mean '(free.*|relu)'\?\); places"),
+        (BEFORE, {"where": "tanh"}, "'tanh' of Blocks is no place for 'before-activation' on all"),
+        (BEFORE, {"where": "fc"}, "'fc' gives the logits of Blocks, .* unless logits=True; places"),
+        (BEFORE, {"where": "fc", "layers": "conv"}, "'fc' of Blocks is no place for .* conv"),
+        (BEFORE, {"where": "normed"}, r"'normed': every place .* \('normed.0': the norm"),
+        (BEFORE, {"where": "normed.0"}, r"where='normed.0': every place there has a norm already"),
+        (ADDED, {"where": "normed.2"}, r"\('normed.2': the norm 'normed.1' is there\); leave it"),
+        (BEFORE, {"where": []}, "where= is empty"),
+        (BEFORE, {"where": lambda name, module: False},
+         "where= chose none of the places of Blocks for 'before-activation' on all layers; they "
+         r"are stem, normed.0, free.0, free.2"),
+        (BEFORE, {"where": lambda name, module: name == "normed.0"}, "that all have a norm alrea"),
+        (BEFORE, {}, r"Blocks has norms already \(normed.1\); .*or say by where= which"),
+    ],
+)  # fmt: skip
+def test_where_that_means_no_place_says_what_there_is(placement, options, match):
+    with pytest.raises(SurgeryError, match=match):
+        introduce(Blocks(), images(2), placement, **options)
+
+
+def test_logits_are_normalized_if_asked():
+    _, report = introduce(built("standard"), images(2), logits=True)
+    assert [name for name, _ in report.norms][-2:] == ["fc1_norm", "fc2_norm"]
+    assert report.dropped_biases == ("conv1", "conv2", "fc1", "fc2")
+    _, report = introduce(built("standard"), images(2), logits=True, where="fc2")
+    assert [name for name, _ in report.norms] == ["fc2_norm"]
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2), nn.Sigmoid())
+    _, report = introduce(model, torch.zeros(2, 4), "after-activation", logits=True)
+    assert [name for name, _ in report.norms] == ["1_norm", "3_norm"]
 
 
 # Biases

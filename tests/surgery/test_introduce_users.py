@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from evenkeel.errors import ConfigError, SurgeryError
-from evenkeel.surgery.graph import is_norm
+from evenkeel.surgery.graph import is_activation, is_norm
 from evenkeel.surgery.introduce import PLACEMENTS, introduce
 
 from .nets import (
@@ -206,6 +206,56 @@ def test_the_mode_is_kept(training):
     assert {m.training for m in network.modules()} == {training}
 
 
+# Activations in place
+
+
+class Residual(nn.Module):
+    """A pre-activation block whose ReLU writes over what the shortcut reads, as many do."""
+
+    def __init__(self, write) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.act, self.write, self.fc = nn.ReLU(inplace=True), write, nn.Linear(4, 3)
+        self.none = nn.Identity()
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.conv(self.write(self, x))
+        return self.fc((x + y).mean((2, 3)))
+
+
+IN_PLACE = {
+    "module": (lambda m, x: m.act(x), True),
+    "function": (lambda m, x: F.relu(x, inplace=True), True),
+    "function, by position": (lambda m, x: F.relu(x, True), True),
+    "underscore": (lambda m, x: torch.relu_(x), True),
+    "method": (lambda m, x: x.relu_(), True),
+    "behind an identity": (lambda m, x: m.act(m.none(x)), True),
+    "twice": (lambda m, x: m.act(x) + x.tanh_(), True),
+    "behind a sum in place": (lambda m, x: (x.add_(1), torch.relu(x))[1], False),
+    "in front of another name": (lambda m, x: (x.mul_(2), m.act(x))[1], True),
+    "not at all": (lambda m, x: F.relu(x), False),
+    "a builtin": (lambda m, x: torch.relu(x), False),
+}
+
+
+@pytest.mark.parametrize("case", IN_PLACE)
+def test_what_an_activation_overwrites_is_overwritten_for_its_later_readers(case):
+    """Norms that hand on what they are given change nothing, wherever they are."""
+    write, overwrites = IN_PLACE[case]
+    torch.manual_seed(0)
+    model = Residual(write).eval()
+    network, report = introduce(model, images(2), "after-addition")
+    assert len(report.norms) == (2 if case == "twice" else 1)
+    wanted = model(images())
+    for name, _ in report.norms:
+        network.set_submodule(name, nn.Identity())
+    network.stem.bias = copy.deepcopy(model.stem.bias)
+    torch.testing.assert_close(network(images()), wanted)
+    shortcut = next(n for n in network.graph.nodes if n.name == "mean").args[0].args[0]
+    assert is_activation(shortcut) == overwrites
+
+
 # What comes of it
 
 
@@ -250,7 +300,11 @@ def test_the_report_says_what_was_done():
         f"1 norms introduced\n  conv1_norm: {network.conv1_norm} on the output of conv1\n"
         "  redundant biases dropped: conv1"
     )
-    assert report.to_dict() == {"norms": report.norms, "dropped_biases": ("conv1",)}
+    fresh = dict.fromkeys(("batches", "difference", "scale", "budget", "exact"))
+    assert report.to_dict() == {
+        "norms": report.norms, "dropped_biases": ("conv1",), "left": (), "placeholders": False,
+        **fresh,
+    }  # fmt: skip
     _, report = introduce(built("standard"), images(2), "on-input")
     assert report.norms[0][1].endswith("on the input of conv1")
     assert "biases" not in str(report)
@@ -293,11 +347,19 @@ REFUSED = [
     (nn.Sequential(nn.Linear(4, 2)), torch.zeros(2, 4), {}, SurgeryError,
      "no place for 'before-activation' on all layers"),
     (nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.GroupNorm(1, 2)), images(2), {},
-     SurgeryError, r"Sequential has norms already \(1, 2\); give the network without"),
+     SurgeryError, r"Sequential has norms already \(1, 2\); give the network without .* by where="),
     (nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.zeros(2, 5, 4), {},
      SurgeryError, r"'0' of Sequential gives values of shape \(2, 5, 3\), whose second axis is"),
     (nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 3)), torch.zeros(1, 8, 8), {},
      SurgeryError, r"shape \(2, 6, 6\), whose second axis is not its channels; 4 axes"),
+    (built("standard"), images(2), {"pattern": "n c h w -> c", "statistics": "layer"}, ConfigError,
+     "pattern='n c h w -> c' and statistics='layer' contradict each other; give one"),
+    (built("standard"), images(2), {"pattern": "spatial"}, ConfigError,
+     "pattern='spatial' has no '->'; write one such as 'n c h w -> c', or give statistics="),
+    (built("standard"), images(2), {"pattern": "n c -> c"}, ConfigError,
+     r"'n c -> c' describes 2 dimensions .* \(asked for on a value of shape \(2, 16, 8, 8\)\)"),
+    (built("standard"), images(2), {"forward": lambda model, batch: None}, ConfigError,
+     "forward= runs the batches of calibrate=, but there are none; give both"),
     (Undecided(), images(2), {}, SurgeryError, "Undecided cannot be traced by torch.fx"),
     (TwoFaced(), torch.zeros(2, 4), {}, SurgeryError, "TwoFaced does something else in training"),
 ]  # fmt: skip

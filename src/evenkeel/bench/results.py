@@ -23,6 +23,7 @@ __all__ = [
     "best_of_layouts",
     "geometric_means",
     "losses",
+    "over_best",
     "reason_of",
     "row_of",
     "totals",
@@ -33,8 +34,11 @@ SCHEMA = 1
 OURS = "evenkeel"
 LOW = "low memory"
 """Ours, with activations computed again in backward: `accelerate` with memory='low'."""
-PEERS = ("eager", "compile")
-"""Who we are compared with; any other side, such as a bare copy, is a bound."""
+PEERS = ("eager", "eval", "fx", "freeze", "compile")
+"""Who we are compared with; any other side, such as a bare copy, is a bound.
+
+`eager` trains and `eval` does not; `fx` and `freeze` are torch's ways to fold.
+"""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,8 @@ class Row:
         ratios: ours over each peer's.
         counts: for an op, how often each network has it.
         absent: sides that did not run, or whose numbers were wrong, with the reason.
-        difference: how far our numbers are from eager's, relative.
+        difference: how far our numbers are from eager's or eval's, relative.
+        left: for folded networks, how many norms each side still has, where it tells.
     """
 
     name: str
@@ -60,6 +65,7 @@ class Row:
     counts: Mapping[str, int] = field(default_factory=dict)
     absent: Mapping[str, str] = field(default_factory=dict)
     difference: float | None = None
+    left: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def group(self) -> tuple[str, str]:
@@ -72,13 +78,19 @@ class Row:
         ran = [peer for peer in PEERS if peer in self.sides]
         return min(ran, key=lambda peer: self.sides[peer].median, default=None)
 
+    @property
+    def over_best(self) -> Ratio | None:
+        """Ours over the fastest of the peers; None where one of both is missing."""
+        peer = self.best_peer
+        return None if peer is None else self.ratios.get(peer)
+
 
 @dataclass
 class Results:
     """All rows of a run, with what is needed to repeat it.
 
     Args:
-        kind: ops, steps or memory.
+        kind: ops, steps, memory or fold.
         unit: of the sides' numbers, s or bytes.
         settings: the command's options.
         machine: see `evenkeel.bench.machine.machine`.
@@ -105,11 +117,11 @@ class Results:
     def to_json(self) -> str:
         """The file's text, the conclusions with the numbers they follow from."""
         data = {"schema": SCHEMA, **dataclasses.asdict(self)}
+        groups = {" ".join(group): rows for group, rows in self.groups().items()}
         data["summary"] = {
-            "geometric_means": {
-                " ".join(group): geometric_means(rows) for group, rows in self.groups().items()
-            },
-            "totals": {" ".join(group): totals(rows) for group, rows in self.groups().items()},
+            "geometric_means": {group: geometric_means(rows) for group, rows in groups.items()},
+            "over_best": {group: over_best(rows) for group, rows in groups.items()},
+            "totals": {group: totals(rows) for group, rows in groups.items()},
             "losses": [dataclasses.asdict(loss) for loss in losses(self.rows)],
         }
         return json.dumps(data, indent=1) + "\n"
@@ -177,6 +189,12 @@ def geometric_means(rows: Iterable[Row]) -> dict[str, float]:
     return {peer: geometric_mean(ratios) for peer, ratios in found.items()}
 
 
+def over_best(rows: Iterable[Row]) -> float | None:
+    """Our geometric mean over the best peer of each row; None if no row has both."""
+    ratios = [row.over_best.median for row in rows if row.over_best is not None]
+    return geometric_mean(ratios) if ratios else None
+
+
 def totals(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
     """The sum over all norms of a network, for networks and sides that are there whole."""
     rows = list(rows)
@@ -216,9 +234,8 @@ def losses(rows: Iterable[Row]) -> list[Loss]:
 
 def _losses(rows: Iterable[Row]) -> Iterator[Loss]:
     for row in rows:
-        peer = row.best_peer
-        if peer is not None and peer in row.ratios and row.ratios[peer].median > 1:
-            ratio = row.ratios[peer]
+        peer, ratio = row.best_peer, row.over_best
+        if peer is not None and ratio is not None and ratio.median > 1:
             yield Loss(row.name, row.layout, row.dtype, peer, ratio.median, ratio.low > 1)
 
 

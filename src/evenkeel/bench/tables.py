@@ -8,7 +8,17 @@ from collections.abc import Iterator, Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from .results import LOW, OURS, Results, Row, best_of_layouts, geometric_means, losses, totals
+from .results import (
+    LOW,
+    OURS,
+    Results,
+    Row,
+    best_of_layouts,
+    geometric_means,
+    losses,
+    over_best,
+    totals,
+)
 from .timing import geometric_mean
 
 __all__ = ["sentences", "tables"]
@@ -17,6 +27,9 @@ SHOWN = {
     "floor": "floor",
     "bare": "no norm",
     "eager": "eager",
+    "eval": "eval",
+    "fx": "fx",
+    "freeze": "freeze",
     "compile": "compile",
     OURS: "ours",
     LOW: "low mem.",
@@ -35,22 +48,28 @@ def tables(results: Results) -> Iterator[Table]:
         table.add_column("case", overflow="fold", min_width=12)
         for side in sides:
             table.add_column(SHOWN[side], justify="right", no_wrap=True)
-        table.add_column("ours/eager", justify="right", no_wrap=True)
+        against = "best" if results.kind == "fold" else "eager"
+        table.add_column(f"ours/{against}", justify="right", no_wrap=True)
         if "floor" in sides:
             table.add_column("of floor", justify="right", no_wrap=True)
+        if results.kind == "fold":
+            table.add_column("left", justify="right", no_wrap=True)
         for row in rows:
-            table.add_row(*_cells(row, sides, scale))
+            table.add_row(*_cells(row, sides, scale, results.kind))
         yield table
 
 
-def _cells(row: Row, sides: Sequence[str], scale: float) -> Iterator[str]:
+def _cells(row: Row, sides: Sequence[str], scale: float, kind: str) -> Iterator[str]:
     yield escape(row.name)
     for side in sides:
         yield _short(row.sides[side].median * scale) if side in row.sides else "-"
-    yield f"{row.ratios['eager'].median:.2f}" if "eager" in row.ratios else "-"
+    ratio = row.over_best if kind == "fold" else row.ratios.get("eager")
+    yield "-" if ratio is None else f"{ratio.median:.2f}"
     if "floor" in sides:
         known = OURS in row.sides and "floor" in row.sides
         yield f"{row.sides['floor'].median / row.sides[OURS].median:.0%}" if known else "-"
+    if kind == "fold":
+        yield f"{row.left[OURS]} of {row.left['eval']}" if {OURS, "eval"} <= {*row.left} else "-"
 
 
 def sentences(results: Results) -> Iterator[str]:
@@ -61,6 +80,8 @@ def sentences(results: Results) -> Iterator[str]:
         for peer, mean in geometric_means(rows).items():
             count = sum(peer in row.ratios for row in rows)
             yield f"{where}: ours / {peer} is {mean:.2f} (geometric mean of {_of(count)})"
+        if results.kind == "fold":
+            yield from _folded(rows, where)
         low = [row.sides[LOW].median / row.sides["eager"].median for row in rows if _has_low(row)]
         if low:
             mean = geometric_mean(low)
@@ -84,6 +105,22 @@ def sentences(results: Results) -> Iterator[str]:
         yield f"left out: {what}"
     if not results.finished:
         yield "stopped before the end"
+
+
+def _folded(rows: Sequence[Row], where: str) -> Iterator[str]:
+    """Ours against the best of torch's, whichever that is, and the norms that are left."""
+    mean = over_best(rows)
+    if mean is not None:
+        count = sum(row.over_best is not None for row in rows)
+        yield f"{where}: ours / the best of torch is {mean:.2f} (geometric mean of {_of(count)})"
+    parts = []
+    for side in SHOWN:
+        told = [row.left for row in rows if side in row.left and "eval" in row.left]
+        if told and side != "eval":
+            total = sum(left["eval"] for left in told)
+            parts.append(f"{SHOWN[side]} {sum(left[side] for left in told)} of {total}")
+    if parts:
+        yield f"{where}: norms left: {', '.join(parts)}"
 
 
 def _has_low(row: Row) -> bool:

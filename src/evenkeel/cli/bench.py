@@ -1,4 +1,4 @@
-"""``evenkeel bench``: ops, training steps and memory against torch's."""
+"""``evenkeel bench``: ops, training steps, memory and folded inference against torch's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["bench"]
 
 bench = typer.Typer(
-    help="Time evenkeel against torch: single ops, whole training steps, memory.",
+    help="Time evenkeel against torch: single ops, training steps, memory, folded inference.",
     no_args_is_help=True,
 )
 
@@ -151,6 +151,52 @@ def memory(
 ) -> None:
     """The bytes that a training step keeps for its backward."""
     _nets("memory", dict(locals()))
+
+
+@bench.command()
+def fold(
+    quick: Quick = False,
+    net: Annotated[
+        str,
+        typer.Option(
+            help="vgg, resnet18, mobilenetv2, densenet, efficientnet, preact, inception, "
+            "seresnet, shufflenet, unet, dcgan or all."
+        ),
+    ] = "all",
+    batch: Annotated[
+        int | None, typer.Option(help="Images in a batch; 1 and then 8 by default.", min=1)
+    ] = None,
+    layout: Layout = "both",
+    compiles: Annotated[
+        bool, typer.Option("--compile", help="torch.compile with frozen weights too.")
+    ] = False,
+    seconds: Seconds = None,
+    threads: Threads = None,
+    out: Out = None,
+    allocator: Allocator = "keep",
+    dry_run: DryRun = False,
+) -> None:
+    """Inference of eleven networks, folded by us and by torch."""
+    settings = dict(locals())
+    _prepare(settings)
+    from ..bench.inference import estimate, plans, run
+    from ..bench.ops import LAYOUTS
+
+    layouts = _names("layout", layout, LAYOUTS)
+    chosen = plans(layouts=layouts, batch=batch, network=net, quick=quick)
+    budget, with_compile = _budget(settings, 10.0, 2.0)
+    job = _Job(
+        f"inference of {_count(len({plan.net for plan in chosen}), 'network')}, folded; batch "
+        + " and ".join(str(size) for size in dict.fromkeys(plan.batch for plan in chosen)),
+        "s",
+        settings,
+        _about_compile(with_compile),
+        [],
+        sum(len(plan.layouts) for plan in chosen),
+        estimate(chosen, budget, with_compile),
+        lambda: run(chosen, seconds=budget, compiles=with_compile),
+    )
+    _carry_out("fold", job, out, dry_run)
 
 
 def _nets(kind: str, settings: dict[str, Any]) -> None:

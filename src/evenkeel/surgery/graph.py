@@ -133,8 +133,9 @@ def trace(model: nn.Module, example: Any, *, inference: bool = False) -> fx.Grap
             concern.
 
     Raises:
-        SurgeryError: the model cannot be copied or traced by torch.fx, does something else in
-            training than in inference outside of its modules, or cannot run the example.
+        SurgeryError: the model cannot be copied or traced by torch.fx, or not rightly; does
+            something else in training than in inference outside of its modules; or cannot run the
+            example.
     """
     kind = type(model).__name__
     modes = {name: module.training for name, module in model.named_modules()}
@@ -142,19 +143,36 @@ def trace(model: nn.Module, example: Any, *, inference: bool = False) -> fx.Grap
     if not inference:
         _serve_both_modes(traced, _traced(copied(model).train(), kind), kind)
     traced.eval()
+    own = copied(model).eval()
     inputs = inputs_of(traced, example)
     try:
-        with torch.no_grad():
-            # Some networks write over their inputs.
-            ShapeProp(traced).propagate(*pytree.tree_map_only(Tensor, Tensor.clone, inputs))
+        with torch.no_grad(), torch.random.fork_rng(()):
+            found, wanted = (_run(run, inputs) for run in (ShapeProp(traced).propagate, own))
     except Exception as error:
         shapes = ", ".join(str(tuple(t.shape)) for t in inputs if isinstance(t, Tensor))
         raise SurgeryError(
             f"{kind} cannot run an input of shape {shapes}: {first_line(error)}"
         ) from error
+    if not all(map(_alike, *map(pytree.tree_leaves, (found, wanted)))):
+        raise SurgeryError(
+            f"what torch.fx sees of {kind} does something else than {kind}; the usual cause is a "
+            "value that is written over in place under another name (v = x; v += y)"
+        )
     for name, module in traced.named_modules():
         module.training = modes.get(name, modes[""])
     return traced
+
+
+def _run(network: Any, inputs: tuple[Any, ...]) -> Any:
+    """On copies, for some networks write over their inputs, and with the same random numbers."""
+    torch.manual_seed(0)
+    return network(*pytree.tree_map_only(Tensor, Tensor.clone, inputs))
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor):
+        return True
+    return torch.allclose(a.double(), b.double(), 1e-3, 1e-5, equal_nan=True)
 
 
 class _Follower(_Tracer):

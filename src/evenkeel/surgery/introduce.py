@@ -1,46 +1,43 @@
-"""Putting batch norm into a network that has none, at any place that people ask about."""
+"""Putting batch norm into a network that has none, at any place that people ask about.
+
+A network that is trained already stays itself if there is data to calibrate with: see `calibrate`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from ..errors import ConfigError, PatternError, ShapeError, SurgeryError
 from ..nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Norm, PerActivationBatchNorm
 from ..pattern import DEFAULT, parse
-from .graph import (
-    add_module,
-    is_activation,
-    is_layer,
-    is_norm,
-    is_pooling,
-    module_of,
-    name_of,
-    rank_expected,
-    shape_of,
-    trace,
-)
+from .calibrate import Data, Forward, Measured, Values, measure, owned, prove, settle
+from .graph import add_module, copied, is_layer, module_of, shape_of, trace
+from .places import LAYER_KINDS, PLACEMENTS, Left, Place, Where, hand_over, places
 
-__all__ = ["LAYER_KINDS", "PLACEMENTS", "STATISTICS", "Introduced", "introduce"]
+__all__ = [
+    "LAYER_KINDS",
+    "PLACEMENTS",
+    "STATISTICS",
+    "Introduced",
+    "Slot",
+    "finished",
+    "insert",
+    "introduce",
+    "spatial",
+]
 
-PLACEMENTS = {
-    "before-activation": "on the output of each conv or dense layer but the last",
-    "after-activation": "on the output of each activation",
-    "on-input": "on the input of each conv or dense layer, the first one's included",
-    "after-pooling": "on the output of each pooling",
-    "after-addition": "on the input of each activation, so on the sum in a residual block",
-}
 STATISTICS = {
     "spatial": "one mean and variance per channel (cuDNN SPATIAL)",
     "per-activation": "one per activation, over the batch alone (cuDNN PER_ACTIVATION)",
     "per-location": "one per pixel, over the batch and the channels",
     "layer": "one per sample, over everything else (layer norm)",
 }
-LAYER_KINDS = ("all", "conv", "dense")
 
 _NAMES = {2: "n c", 3: "n c l", 4: "n c h w", 5: "n c d h w"}
 _SPATIAL = {2: BatchNorm1d, 3: BatchNorm1d, 4: BatchNorm2d, 5: BatchNorm3d}
@@ -48,16 +45,55 @@ _SPATIAL = {2: BatchNorm1d, 3: BatchNorm1d, 4: BatchNorm2d, 5: BatchNorm3d}
 
 @dataclass(frozen=True)
 class Introduced:
-    """What was done: each norm with its place, and the biases that it made redundant."""
+    """What was done, and the proof that the network computes what it did.
+
+    Attributes:
+        norms: each norm with its place.
+        dropped_biases: layers whose bias the norm behind them makes redundant.
+        left: what was asked for and has no norm, with the reason.
+        batches: how many batches the statistics are of; None without calibration.
+        difference, scale: in inference, the largest difference between the two networks' outputs,
+            relative to the largest value of its output, and that value; None if the norms are
+            fresh, for then they change what is computed.
+        budget: the relative difference that was allowed; None as above.
+        exact: the relative difference in double precision, taken if ``difference`` is above the
+            budget for the network's own rounding alone.
+        placeholders: the running statistics are those of nothing.
+    """
 
     norms: tuple[tuple[str, str], ...]
     dropped_biases: tuple[str, ...]
+    left: tuple[tuple[str, str], ...] = ()
+    batches: int | None = None
+    difference: float | None = None
+    scale: float | None = None
+    budget: float | None = None
+    exact: float | None = None
+    placeholders: bool = False
 
     def __str__(self) -> str:
         lines = [f"{len(self.norms)} norms introduced"]
         lines += [f"  {name}: {what}" for name, what in self.norms]
         if self.dropped_biases:
             lines.append(f"  redundant biases dropped: {', '.join(self.dropped_biases)}")
+        lines += [f"  nothing at {name}: {reason}" for name, reason in self.left]
+        if self.batches is not None:
+            lines.append(f"  statistics are those of {self.batches} batches")
+        if self.placeholders:
+            lines.append(
+                "  running statistics are placeholders: give calibrate= to have real ones, or train"
+                " and then recalibrate"
+            )
+        if self.difference is not None:
+            lines.append(
+                f"  largest output difference {self.difference:.2e} of {self.scale:.3g} "
+                f"(budget {self.budget:.0e} relative)"
+            )
+        if self.exact is not None:
+            lines.append(
+                f"  that is the network's own rounding: in double precision it is {self.exact:.0e}"
+                " relative"
+            )
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,162 +103,228 @@ class Introduced:
 
 def introduce(
     model: nn.Module,
-    example: Tensor,
+    example: Any,
     placement: str = "before-activation",
     *,
-    statistics: str = "spatial",
+    pattern: str | None = None,
+    statistics: str | None = None,
     dense_statistics: str | None = None,
     layers: str = "all",
     every: int = 1,
+    where: Where = None,
+    calibrate: Tensor | Iterable[Any] | None = None,
+    forward: Forward = None,
+    logits: bool = False,
     affine: bool = True,
     eps: float = 1e-5,
     momentum: float = 0.1,
 ) -> tuple[fx.GraphModule, Introduced]:
-    """A copy of the network with fresh norms in it; the given model is not touched.
+    """A copy of the network with norms in it; the given model is not touched.
 
     A bias of a layer whose output goes straight into a norm that subtracts it is dropped. No norm
-    goes behind the last layer of any branch, whose output is the logits.
+    goes behind the last layer of any branch, whose output is the logits, unless ``logits`` asks.
+
+    Without ``calibrate`` the norms are fresh ones: mean 0, variance 1, gamma 1, beta 0, for a
+    network that is yet to be trained. With it a trained network computes in inference what it did::
+
+        running_mean = m - b                      gamma = sqrt(running_var + eps)
+        running_var = sum((x - m)^2) / (n - 1)    beta = m
+
+    with m = sum(x) / n over all n values of all batches, merged exactly in float64 (Chan et al.
+    1979), and b the dropped bias. That is proved on the example and on the batches; the copy trains
+    on from there.
 
     Args:
-        model: a network without norms that torch.fx can trace.
-        example: an input batch; only its shape matters.
+        model: a network that torch.fx can trace, without norms, or with ``where``.
+        example: an input, a tuple of inputs or a dict of inputs by name; without ``calibrate`` only
+            shapes matter.
         placement: one of `PLACEMENTS`.
-        statistics: one of `STATISTICS`, or a pattern such as ``'n c h w -> c w'``.
+        pattern: such as ``'n c h w -> c w'``, for values of as many axes as it has.
+        statistics: one of `STATISTICS`, or a pattern; 'spatial' if both are left out.
         dense_statistics: the same for (n, c) values; by default 'spatial', or 'layer' with 'layer'.
         layers: 'all', 'conv' or 'dense': where norms may go.
         every: 1 for every place, 2 for every other one, beginning with the first.
+        where: the layer, activation or pooling that a norm goes behind or before: its name, the
+            name of a module that holds it, several of these, or ``where(name, module) -> bool``,
+            the module None for a function. In a network that has norms, it says what is to have one
+            too; a place beside a norm is left.
+        calibrate: a tensor or a loader of batches: tensors, tuples or lists that begin with one, or
+            dicts of arguments. A loader is read twice; what can be read once only, such as a
+            generator, is, and the proof then takes its first 8 batches.
+        forward: ``forward(model, batch)`` for batches of any other kind.
+        logits: True for norms behind the last layers too.
         affine: False for norms without gamma and beta.
         eps, momentum: of the norms.
 
     Raises:
-        ConfigError: an unknown placement, statistics or kind of layers, or ``every`` under 1.
+        ConfigError: an unknown placement, statistics or kind of layers, ``every`` under 1, options
+            that contradict each other, or norms that cannot hand on what they are given (without
+            gamma and beta, or without running statistics) with ``calibrate``.
+        ShapeError: a batch has another image size than norms that own places.
         SurgeryError: the model has norms already, cannot be traced, has layers whose channels are
-            not the second axis, or has no such place.
+            not the second axis, or has no such place; the data does not fit, or the copy's outputs
+            differ. Errors of the network and the loader come through as they are.
     """
-    _check_choices(placement, layers, every)
-    traced = trace(model, example)
-    _check_network(traced, type(model).__name__)
-    places = [p for p in _places(traced, placement) if layers in ("all", _kind(p[0]))][::every]
-    if not places:
-        raise SurgeryError(
-            f"{type(model).__name__} has no place for '{placement}' on {layers} layers; "
-            f"'{placement}' goes {PLACEMENTS[placement]}"
+    wide, dense = _statistics(pattern, statistics, dense_statistics)
+    if calibrate is not None and not affine:
+        raise ConfigError(
+            "calibrate= keeps what the network computes by gamma and beta; leave out affine=False"
         )
-    dense = dense_statistics or ("layer" if statistics == "layer" else "spatial")
-    norms: list[tuple[str, str]] = []
-    for value, user in places:
-        shape = shape_of(value)
-        chosen = statistics if len(shape) > 2 else dense
+    if calibrate is None and forward is not None:
+        raise ConfigError("forward= runs the batches of calibrate=, but there are none; give both")
+    data = None if calibrate is None else Data(calibrate)
+    traced = trace(model, example)
+    found, left = places(traced, placement, layers=layers, every=every, where=where, logits=logits)
+    slots: list[Slot] = []
+    for place in found:
+        shape = shape_of(place.value)
+        chosen = wide if len(shape) > 2 else dense
         norm = _build(chosen, shape, affine, eps, momentum)
-        wide = torch.promote_types(value.meta["tensor_meta"].dtype, torch.float32)
-        norm.to(example.device, wide).train(traced.training)
-        name = _insert(traced, value, user, norm)
-        norms.append((name, f"{norm} on the {_role(value, user)}"))
-    dropped = _drop_biases(traced)
+        if calibrate is not None and norm.running_mean is None:
+            raise ConfigError(
+                f"calibrate= cannot keep what the network computes with statistics '{chosen}': "
+                "each sample is normalized by its own; choose statistics over the batch"
+            )
+        slots.append(insert(traced, place, norm, example))
+    return finished(model, traced, example, slots, left, data, forward)
+
+
+def _statistics(pattern: str | None, statistics: str | None, dense: str | None) -> tuple[str, str]:
+    """What is asked for, for images and for dense values."""
+    if pattern is not None and statistics not in (None, pattern):
+        raise ConfigError(
+            f"pattern='{pattern}' and statistics='{statistics}' contradict each other; give one"
+        )
+    if pattern is not None and "->" not in pattern:
+        raise ConfigError(
+            f"pattern='{pattern}' has no '->'; write one such as 'n c h w -> c', or give "
+            "statistics= a name"
+        )
+    chosen = pattern or statistics or "spatial"
+    if dense is None:
+        dense = "layer" if chosen == "layer" else "spatial"
+        if _is_for_dense(chosen):
+            dense = chosen
+    return chosen, dense
+
+
+def _is_for_dense(chosen: str) -> bool:
+    try:
+        axes = parse(chosen).axes
+    except PatternError:
+        return False  # a name, or a pattern that is refused where it is used
+    return len(axes) == 2 and ("...",) not in axes
+
+
+class Slot(NamedTuple):
+    """A norm that was put in: its name, its node, and its place in words."""
+
+    name: str
+    node: fx.Node
+    place: str
+
+
+def insert(
+    traced: fx.GraphModule, place: Place, norm: nn.Module, example: Any, name: str | None = None
+) -> Slot:
+    """Adds the norm to the network, and hands its output to the users of the place.
+
+    The norm gets the mode of the network, the device of the example and the values' type, but
+    float32 at least. Its name is ``name``, or made of the place's.
+    """
+    said, dtype = str(place), place.value.meta["tensor_meta"].dtype
+    home = next(t.device for t in pytree.tree_leaves(example) if isinstance(t, Tensor))
+    norm.to(home, torch.promote_types(dtype, torch.float32)).train(traced.training)
+    path = add_module(traced, name or place.base, norm)
+    return Slot(path, hand_over(place, path), said)
+
+
+def finished(
+    model: nn.Module,
+    traced: fx.GraphModule,
+    example: Any,
+    slots: Sequence[Slot],
+    left: Left,
+    data: Data | None,
+    forward: Forward,
+    *,
+    identity: bool = False,
+) -> tuple[fx.GraphModule, Introduced]:
+    """The network with its new norms set, their redundant biases gone, and the proof.
+
+    Args:
+        model: the network as it was.
+        traced: its copy with the norms of ``slots``; it is edited.
+        example, left, forward: as in `introduce`.
+        data: to calibrate with; None for none.
+        identity: without data, norms that hand on what they are given, with statistics of nothing.
+
+    Raises:
+        SurgeryError: the data does not fit, or the networks differ.
+    """
     traced.graph.lint()
     traced.recompile()
-    return traced, Introduced(tuple(norms), dropped)
+    measured = Measured({}, 0)
+    if data is not None:
+        measured = measure(traced, [slot.name for slot in slots], data, forward)
+    biases = _drop_biases(traced, {slot.node for slot in slots})
+    norms = tuple((s.name, f"{traced.get_submodule(s.name)} on the {s.place}") for s in slots)
+    dropped = tuple(biases)
+    if data is None and not identity:
+        return traced, Introduced(norms, dropped, tuple(left))
+    values = {slot.name: _values(slot, measured, biases) for slot in slots}
+    settle(traced, values)
+    proof = prove(copied(model), traced, example, () if data is None else data, forward, values)
+    return traced, Introduced(
+        norms,
+        dropped,
+        tuple(left),
+        None if data is None else measured.batches,
+        proof.difference.absolute,
+        proof.difference.scale,
+        proof.budget,
+        proof.exact,
+        placeholders=data is None,
+    )
 
 
-def _check_choices(placement: str, layers: str, every: int) -> None:
-    for what, chosen, choices in (
-        ("placement", placement, PLACEMENTS),
-        ("layers", layers, LAYER_KINDS),
-    ):
-        if chosen not in choices:
-            raise ConfigError(f"unknown {what} '{chosen}'; choose one of {', '.join(choices)}")
-    if every < 1:
-        raise ConfigError(f"every is {every}; give 1 for every place, 2 for every other one")
+def _values(slot: Slot, measured: Measured, biases: dict[str, Tensor]) -> Values:
+    """What to write into a norm: what was measured, or mean 0 and variance 1."""
+    norm: Any = module_of(slot.node)
+    before = slot.node.all_input_nodes[0]
+    nothing = torch.zeros(norm.running_mean.shape, dtype=torch.float64)
+    bias = biases.get(str(before.target)) if before.op == "call_module" else None
+    shift = nothing if bias is None else owned(norm, bias, shape_of(before))
+    if slot.name not in measured.norms:
+        return Values(nothing, nothing + 1, shift, 0)
+    moments, calls = measured.norms[slot.name]
+    return Values(moments.mean, moments.m2 / (moments.n - 1), shift, calls)
 
 
-def _check_network(traced: fx.GraphModule, kind: str) -> None:
-    """Refuses a network whose places or channels cannot be told for sure."""
-    found = [name_of(node) for node in traced.graph.nodes if is_norm(node)]
-    if found:
-        raise SurgeryError(
-            f"{kind} has norms already ({', '.join(found[:3])}); give the network "
-            "without them, so that placements can be compared"
-        )
-    for node in traced.graph.nodes:
-        if is_layer(node) and len(shape_of(node)) != rank_expected(node):
-            raise SurgeryError(
-                f"'{name_of(node)}' of {kind} gives values of shape {shape_of(node)}, whose second "
-                f"axis is not its channels; {rank_expected(node)} axes, batch first, are expected"
-            )
-
-
-Place = tuple[fx.Node, fx.Node | None]
-"""The value to normalize, and the one user that gets it normalized (None: all of them)."""
-
-
-def _places(traced: fx.GraphModule, placement: str) -> Sequence[Place]:
-    nodes = list(traced.graph.nodes)
-    layers = [node for node in nodes if is_layer(node)]
-    hidden: set[fx.Node] = set()  # what some layer comes behind; the rest are logits
-    for node in reversed(nodes):
-        if any(is_layer(user) or user in hidden for user in node.users):
-            hidden.add(node)
-    inner = [node for node in nodes if node in hidden] if layers else nodes
-    of: dict[str, Callable[[], list[Place]]] = {
-        "before-activation": lambda: [(node, None) for node in inner if is_layer(node)],
-        "after-activation": lambda: [(node, None) for node in inner if is_activation(node)],
-        "on-input": lambda: [(_input(node), node) for node in layers],
-        "after-pooling": lambda: [(node, None) for node in inner if is_pooling(node)],
-        "after-addition": lambda: [(_input(n), n) for n in inner if is_activation(n)],
-    }
-    return of[placement]()
-
-
-def _input(node: fx.Node) -> fx.Node:
-    value = node.args[0] if node.args else next(iter(node.kwargs.values()))
-    if not isinstance(value, fx.Node):
-        raise SurgeryError(f"the input of '{node.name}' is not a value of the graph")
-    return value
-
-
-def _kind(value: fx.Node) -> str:
-    return "dense" if len(shape_of(value)) == 2 else "conv"
-
-
-def _role(value: fx.Node, user: fx.Node | None) -> str:
-    return f"output of {name_of(value)}" if user is None else f"input of {name_of(user)}"
-
-
-def _insert(traced: fx.GraphModule, value: fx.Node, user: fx.Node | None, norm: nn.Module) -> str:
-    """Adds the module behind ``value`` and hands its output to the user or to all users."""
-    anchor = value if user is None else user
-    base = name_of(anchor) + ("_norm" if user is None else "_input_norm")
-    name = add_module(traced, base, norm)
-    users = list(value.users) if user is None else [user]
-    with traced.graph.inserting_after(value):
-        node = traced.graph.call_module(name, (value,))
-    node.meta["tensor_meta"] = value.meta["tensor_meta"]
-    for each in users:
-        each.replace_input_with(value, node)
-    return name
-
-
-def _drop_biases(traced: fx.GraphModule) -> tuple[str, ...]:
-    """Drops each bias that norms subtract again at every call of its layer."""
+def _drop_biases(traced: fx.GraphModule, norms: set[fx.Node]) -> dict[str, Tensor]:
+    """Drops each bias that new norms subtract again at every call of its layer; says by layer."""
     calls: dict[str, list[fx.Node]] = {}
     for node in traced.graph.nodes:
         if node.op == "call_module" and is_layer(node):
             calls.setdefault(str(node.target), []).append(node)
         elif node.op == "get_attr":  # a weight or a bias that is used in another way, too
             calls.setdefault(str(node.target).rpartition(".")[0], []).append(node)
-    dropped: list[str] = []
+    dropped: dict[str, Tensor] = {}
     for name, nodes in calls.items():
         layer = traced.get_submodule(name)
-        if layer._parameters.get("bias") is not None and all(map(_bias_is_subtracted, nodes)):
+        bias = layer._parameters.get("bias")
+        if bias is None or layer._forward_hooks:  # a hook may make of the output what it likes
+            continue
+        if all(_bias_is_subtracted(node, norms) for node in nodes):
             layer.register_parameter("bias", None)
-            dropped.append(name)
-    return tuple(dropped)
+            dropped[name] = bias
+    return dropped
 
 
-def _bias_is_subtracted(value: fx.Node) -> bool:
-    """True if the value goes into one norm and nothing else, and that has a mean per channel."""
+def _bias_is_subtracted(value: fx.Node, norms: set[fx.Node]) -> bool:
+    """True if the value goes into one of the norms and nothing else, by a mean per channel."""
     users = list(value.users)
-    norm = module_of(users[0]) if len(users) == 1 and is_norm(users[0]) else None
+    norm = module_of(users[0]) if len(users) == 1 and users[0] in norms else None
     if norm is None or not is_layer(value):
         return False
     if not isinstance(norm, Norm):
@@ -230,17 +332,26 @@ def _bias_is_subtracted(value: fx.Node) -> bool:
     return set(norm.spec.axes[1]) <= {name for group in norm.spec.owners for name in group}
 
 
+def spatial(shape: tuple[int, ...], eps: float, momentum: float, affine: bool = True) -> nn.Module:
+    """A fresh norm with one mean and variance per channel, of torch's class for the rank.
+
+    Raises:
+        SurgeryError: the shape has no channels.
+    """
+    if len(shape) not in _SPATIAL:
+        raise SurgeryError(f"a value of shape {shape} has no batch and channel axes to normalize")
+    return _SPATIAL[len(shape)](shape[1], eps, momentum, affine)
+
+
 def _build(
     statistics: str, shape: tuple[int, ...], affine: bool, eps: float, momentum: float
 ) -> nn.Module:
     """A fresh norm for a value of that shape."""
-    rank = len(shape)
-    if rank not in _NAMES:
-        raise SurgeryError(f"a value of shape {shape} has no batch and channel axes to normalize")
-    axes = _NAMES[rank]
-    pattern, affine_axes = statistics, DEFAULT
+    fresh = spatial(shape, eps, momentum, affine)
     if statistics == "spatial":
-        return _SPATIAL[rank](shape[1], eps, momentum, affine)
+        return fresh
+    rank, axes = len(shape), _NAMES[len(shape)]
+    pattern, affine_axes = statistics, DEFAULT
     if statistics == "per-activation":
         return PerActivationBatchNorm(shape[1:], eps, momentum, affine)
     if statistics == "per-location" and rank > 2:
