@@ -15,6 +15,7 @@ from .check import check
 from .console import complain
 from .doctor import doctor
 from .evaluate import evaluate
+from .fold import fold
 from .predict import predict
 from .recalibrate import recalibrate
 from .report import report
@@ -39,6 +40,7 @@ app.command()(evaluate)
 app.command()(predict)
 app.command()(recalibrate)
 app.command()(check)
+app.command()(fold)
 app.add_typer(bench, name="bench")
 app.command()(doctor)
 
