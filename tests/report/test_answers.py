@@ -217,8 +217,8 @@ class TestInference:
         assert found.sentence.startswith(
             "No: without its norms 'before' goes from 95.0 % to 44.0 %, a loss of 51.0 points (95 "
             "% interval 44.0 to 56.0, p = 0.005). With 3 of 3 norms folded into the layers "
-            "around them it is exactly as accurate in every trial; the largest difference of a logit is "
-            "5.0e-06, 5.0e-07 of the largest logit."
+            "around them it is exactly as accurate in every trial; the largest difference of a "
+            "logit is 5.0e-06, 5.0e-07 of the largest logit."
         )
         assert found.inference.running.mean == pytest.approx(0.95)
         assert found.inference.batch.mean == pytest.approx(0.95)

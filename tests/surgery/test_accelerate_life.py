@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import evenkeel
-from evenkeel.surgery.remade import Remade
+from evenkeel.surgery.accelerating.remade import Remade
 
 from .cnns import ZOO, BasicBlock, ResNet, built, images
 

@@ -13,9 +13,9 @@ from torch import nn
 from evenkeel.errors import ConfigError, ShapeError, SurgeryError
 from evenkeel.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Norm
 from evenkeel.surgery import introduce as introducing
-from evenkeel.surgery.calibrate import Data, Values, measure, owned, prove, settle
 from evenkeel.surgery.graph import trace
 from evenkeel.surgery.introduce import introduce
+from evenkeel.surgery.introducing.calibrate import Data, Values, measure, owned, prove, settle
 
 from .nets import built, images, state
 from .test_introduce_calibrated import BUDGET, data, norms_of, relative, trained
@@ -183,7 +183,10 @@ def test_the_proof_sees_whatever_is_wrong(what, make, monkeypatch):
     model = make()
     dtype = next(model.parameters()).dtype
     batches, before = [batch.to(dtype) for batch in data()], state(model)
-    for module in ("evenkeel.surgery.introduce.settle", "evenkeel.surgery.calibrate.settle"):
+    for module in (
+        "evenkeel.surgery.introduce.settle",
+        "evenkeel.surgery.introducing.calibrate.settle",
+    ):
         monkeypatch.setattr(module, off_by(WRONG[what]))
     with pytest.raises(SurgeryError, match=r"change what the network computes by .* output 0"):
         introduce(model, batches[0], calibrate=batches)
@@ -200,7 +203,10 @@ def test_what_is_wrong_in_single_precision_alone_is_no_rounding(monkeypatch):
             with torch.no_grad():
                 norm.bias += 1e-2
 
-    for module in ("evenkeel.surgery.introduce.settle", "evenkeel.surgery.calibrate.settle"):
+    for module in (
+        "evenkeel.surgery.introduce.settle",
+        "evenkeel.surgery.introducing.calibrate.settle",
+    ):
         monkeypatch.setattr(module, settled)
     with pytest.raises(SurgeryError, match=r"change what the network computes by .* output 0"):
         introduce(trained(), images(2), calibrate=data())

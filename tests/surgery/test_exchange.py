@@ -15,8 +15,8 @@ from torch.nn.utils import prune
 import evenkeel
 from evenkeel.errors import SurgeryError
 from evenkeel.surgery.exchange import exchange
+from evenkeel.surgery.exchanging.kinds import WAS_KIND, base_of
 from evenkeel.surgery.freeze import is_frozen
-from evenkeel.surgery.kinds import WAS_KIND, base_of
 
 from .cnns import ZOO, images
 from .cnns import built as cnn

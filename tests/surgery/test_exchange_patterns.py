@@ -19,9 +19,10 @@ from torch import Tensor, nn
 import evenkeel
 from evenkeel.errors import ConfigError, PatternError, SurgeryError
 from evenkeel.surgery import exchange as verb
-from evenkeel.surgery import exchanging, patterned
 from evenkeel.surgery.exchange import exchange
-from evenkeel.surgery.patterned import group_count
+from evenkeel.surgery.exchanging import edits as exchanging
+from evenkeel.surgery.exchanging import patterned
+from evenkeel.surgery.exchanging.patterned import group_count
 
 from .nets import randomized, state
 from .test_exchange import SHAPES, TORCHS, batch, deep, inference, net, types

@@ -21,8 +21,8 @@ import evenkeel
 from evenkeel.errors import ConfigError, ShapeError, SurgeryError
 from evenkeel.nn.folded import BorderedConv2d, ScaleShift
 from evenkeel.surgery import export as exporting
-from evenkeel.surgery import programs
 from evenkeel.surgery.export import Exported, check_target, export, largest_difference
+from evenkeel.surgery.exporting import programs
 
 from .nets import images, randomized, state
 

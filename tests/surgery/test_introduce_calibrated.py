@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from evenkeel.errors import SurgeryError
 from evenkeel.nn import Norm
-from evenkeel.surgery import calibrate as calibrating
 from evenkeel.surgery.introduce import PLACEMENTS, introduce
+from evenkeel.surgery.introducing import calibrate as calibrating
 
 from . import architectures
 from .architectures import BARE

@@ -17,9 +17,9 @@ import evenkeel
 from evenkeel import allocator
 from evenkeel.errors import ConfigError, SurgeryError
 from evenkeel.surgery import accelerate as accelerate_module
-from evenkeel.surgery import layout as layout_module
+from evenkeel.surgery.accelerating import layout as layout_module
+from evenkeel.surgery.accelerating.layout import Layout, choose, convert, convert_back
 from evenkeel.surgery.comparing import compare_layouts
-from evenkeel.surgery.layout import Layout, choose, convert, convert_back
 
 from .cnns import ZOO, built, images
 from .nets import state

@@ -23,7 +23,7 @@ from evenkeel.bench.memory import saved_bytes
 from evenkeel.bench.steps import Step
 from evenkeel.errors import ConfigError, SurgeryError
 from evenkeel.surgery import accelerate as accelerate_module
-from evenkeel.surgery import low_memory
+from evenkeel.surgery.accelerating import low_memory
 
 from .cnns import ZOO, BasicBlock, built, conv, images
 from .nets import state

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import evenkeel
 from evenkeel.errors import ConfigError, SurgeryError
 from evenkeel.kernels.reference import Reference
-from evenkeel.surgery.measuring import corrected
+from evenkeel.surgery.caring.measuring import corrected
 from evenkeel.view import logical_view
 
 from .nets import state

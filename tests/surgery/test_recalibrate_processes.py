@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import evenkeel
-from evenkeel.surgery.together import Together
+from evenkeel.surgery.caring.together import Together
 
 SIZES = ((6, 3, 5), (4,))
 """Of the batches of the first and of the second process."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..surgery.low_memory import kept_bytes
+from ..surgery.accelerating.low_memory import kept_bytes
 from .results import OURS, PEERS, Row, reason_of
 from .steps import COMPILING, Plan, Step, sides_of
 from .timing import Measure, Ratio

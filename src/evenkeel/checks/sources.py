@@ -23,8 +23,8 @@ from typing import Any
 from torch import fx, nn
 
 from ..errors import ConfigError, meant
+from ..surgery.accelerating.remade import Remade
 from ..surgery.freeze import FrozenNorm
-from ..surgery.remade import Remade
 
 __all__ = ["Place", "Sources", "codes_in", "project_ignores"]
 

@@ -323,7 +323,7 @@ def _try(name: str, subject: _Subject, example: Path | None) -> None:
     """
     import torch
 
-    from ..surgery.programs import call, reason, tensors_in
+    from ..surgery.exporting.programs import call, reason, tensors_in
 
     try:
         with torch.no_grad():

@@ -181,8 +181,8 @@ QUESTIONS = (
         ),
         "placement",
         "On the input it sees what the layer multiplies, after activation and pooling. The first "
-        "layer's input is then normalized too. With zero padding the norm's shift does not reach the "
-        "border, so a fold into the layer must mend the outputs there.",
+        "layer's input is then normalized too. With zero padding the norm's shift does not reach "
+        "the border, so a fold into the layer must mend the outputs there.",
     ),
     Question(
         4,

@@ -28,18 +28,18 @@ from torch import fx, nn
 from ..allocator import check as check_allocator
 from ..allocator import keep_blocks, status
 from ..errors import SurgeryError
-from .blocks import Blocks
+from .accelerating.blocks import Blocks
+from .accelerating.layout import Layout, convert, convert_back, is_laid_out, lay_out
+from .accelerating.layout import check as check_layout
+from .accelerating.low_memory import check as check_memory
+from .accelerating.low_memory import install, is_installed, kept_on, uninstall
+from .accelerating.matching import OURS, Activation, Match, find, find_written
+from .accelerating.own_forward import is_sequential
+from .accelerating.remade import Remade, recipe, remake, unmake
+from .accelerating.rewriting import WAS, graph_as_before, rewriting
 from .comparing import Difference, compare
 from .freeze import is_frozen, kind_like
 from .graph import copied
-from .layout import Layout, convert, convert_back, is_laid_out, lay_out
-from .layout import check as check_layout
-from .low_memory import check as check_memory
-from .low_memory import install, is_installed, kept_on, uninstall
-from .matching import OURS, Activation, Match, find, find_written
-from .own_forward import is_sequential
-from .remade import Remade, recipe, remake, unmake
-from .rewriting import WAS, graph_as_before, rewriting
 
 __all__ = ["Accelerated", "accelerate", "restore"]
 

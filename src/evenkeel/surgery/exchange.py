@@ -13,16 +13,16 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ConfigError, PatternError, SurgeryError, meant
 from ..pattern import NormSpec, parse
+from .accelerating.layout import is_laid_out
+from .accelerating.low_memory import is_installed
+from .accelerating.remade import Remade
+from .accelerating.rewriting import WAS
 from .batch_norms import Where, titled, unwrapped
-from .becoming import Already, Edit, Undo
-from .exchanging import edit_for
+from .exchanging.becoming import Already, Edit, Undo
+from .exchanging.edits import edit_for
+from .exchanging.kinds import Seen, candidates
 from .graph import copied
-from .kinds import Seen, candidates
-from .layout import is_laid_out
-from .low_memory import is_installed
 from .recalibrate import recalibrate
-from .remade import Remade
-from .rewriting import WAS
 
 __all__ = ["BUDGET", "EXACT_BUDGET", "ExchangeReport", "exchange"]
 

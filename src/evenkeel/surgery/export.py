@@ -25,8 +25,7 @@ from torch.utils import _pytree as pytree
 
 from .. import __version__
 from ..errors import ConfigError, SurgeryError, meant
-from .graph import copied
-from .programs import (
+from .exporting.programs import (
     KEY,
     Run,
     arguments,
@@ -40,6 +39,7 @@ from .programs import (
     write_onnx,
     write_pt2,
 )
+from .graph import copied
 
 __all__ = ["FORMATS", "Exported", "check_target", "export", "largest_difference"]
 

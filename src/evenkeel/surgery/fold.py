@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from ..errors import SurgeryError
 from ..nn import Norm
 from .accelerate import restore
+from .exchanging.kinds import computes_a_norm, is_bare_frozen
 from .folding.absorbing import folded_weights
 from .folding.expanding import expand
 from .folding.functions import layers_of_functions
@@ -30,7 +31,6 @@ from .folding.report import Folded, FoldReport
 from .folding.values import record
 from .freeze import unfreeze
 from .graph import NORMS, inputs_of, trace
-from .kinds import computes_a_norm, is_bare_frozen
 
 __all__ = ["FoldReport", "Folded", "fold", "folded_weights", "skip_norms"]
 

@@ -16,9 +16,9 @@ from torch.utils import _pytree as pytree
 from ..errors import ConfigError, PatternError, ShapeError, SurgeryError
 from ..nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Norm, PerActivationBatchNorm
 from ..pattern import DEFAULT, parse
-from .calibrate import Data, Forward, Measured, Values, measure, owned, prove, settle
 from .graph import add_module, copied, is_layer, module_of, shape_of, trace
-from .places import LAYER_KINDS, PLACEMENTS, Left, Place, Where, hand_over, places
+from .introducing.calibrate import Data, Forward, Measured, Values, measure, owned, prove, settle
+from .introducing.places import LAYER_KINDS, PLACEMENTS, Left, Place, Where, hand_over, places
 
 __all__ = [
     "LAYER_KINDS",

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from ..errors import ConfigError, SurgeryError
 from ..kernels.contract import Moments
 from .batch_norms import Where, batch_norms, unwrapped
+from .caring.measuring import Batches, Meter, by_batch, call_order, held, merged, only
+from .caring.together import Together
 from .freeze import is_frozen
 from .graph import copied
-from .measuring import Batches, Meter, by_batch, call_order, held, merged, only
-from .together import Together
 
 __all__ = ["Change", "Recalibrated", "recalibrate", "recalibrated"]
 

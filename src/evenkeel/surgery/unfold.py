@@ -8,10 +8,10 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, fx, nn
 
 from ..errors import ConfigError, SurgeryError, meant
-from .calibrate import Data, Forward
 from .graph import is_layer, name_of, shape_of, trace
 from .introduce import Introduced, finished, insert, spatial
-from .places import Left, Place, check_channels, places
+from .introducing.calibrate import Data, Forward
+from .introducing.places import Left, Place, check_channels, places
 
 __all__ = ["unfold"]
 

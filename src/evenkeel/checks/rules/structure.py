@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from ...surgery.blocks import has_hooks
+from ...surgery.accelerating.blocks import has_hooks
 from ...surgery.graph import module_of
 from ..facts import NormFacts
 from ..measure import Moments, shift_between

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Norm, PerActivationBatchNorm
-from .batch_norms import Where, batch_norms
-from .blocks import Blocks
-from .freeze import is_frozen
-from .graph import copied, is_activation
+from ...nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Norm, PerActivationBatchNorm
+from ..accelerating.blocks import Blocks
+from ..batch_norms import Where, batch_norms
+from ..freeze import is_frozen
+from ..graph import copied, is_activation
 
 __all__ = [
     "OURS",

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ..errors import SurgeryError
+from ...errors import SurgeryError
 
 __all__ = ["Together"]
 

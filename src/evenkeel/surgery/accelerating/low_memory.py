@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..errors import ConfigError, meant
-from ..recompute import recomputing
+from ...errors import ConfigError, meant
+from ...recompute import recomputing
 
 __all__ = ["check", "install", "is_installed", "kept_bytes", "kept_on", "uninstall"]
 

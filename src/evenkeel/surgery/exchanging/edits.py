@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..nn import Norm
-from ..pattern import NormSpec
+from ...nn import Norm
+from ...pattern import NormSpec
+from ..freeze import freeze, is_frozen, unfreeze
 from .becoming import Already, Edit, become, edit_of, said
-from .freeze import freeze, is_frozen, unfreeze
 from .kinds import (
     OURS,
     TORCHS,

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-from ..errors import ConfigError, SurgeryError, meant
-from .graph import (
+from ...errors import ConfigError, SurgeryError, meant
+from ..graph import (
     is_activation,
     is_layer,
     is_norm,

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ..errors import ShapeError, SurgeryError
-from ..kernels.contract import Activation
-from ..kernels.reference import activate
-from .graph import NORMS, is_norm
+from ...errors import ShapeError, SurgeryError
+from ...kernels.contract import Activation
+from ...kernels.reference import activate
+from ..graph import NORMS, is_norm
 
 __all__ = [
     "KEY",

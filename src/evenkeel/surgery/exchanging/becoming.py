@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import SurgeryError
-from ..nn import Norm
-from .freeze import is_frozen
+from ...errors import SurgeryError
+from ...nn import Norm
+from ..freeze import is_frozen
 from .kinds import WAS_KIND, kind_of, name_of_kind
 
 __all__ = ["Already", "Edit", "Undo", "become", "edit_of", "said", "settings_of"]

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from ..errors import ConfigError, SurgeryError
-from .comparing import Difference, compare_layouts
+from ...errors import ConfigError, SurgeryError
+from ..comparing import Difference, compare_layouts
 
 __all__ = ["Layout", "check", "choose", "convert", "convert_back", "is_laid_out", "lay_out"]
 

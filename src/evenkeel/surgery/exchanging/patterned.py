@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, ShapeError
-from ..nn import Norm
-from ..pattern import DEFAULT, Groups, NormSpec, parse
+from ...errors import ConfigError, ShapeError
+from ...nn import Norm
+from ...pattern import DEFAULT, Groups, NormSpec, parse
 from .becoming import Already, Edit, become, edit_of, said, settings_of
 from .kinds import Seen, channels_of, is_spatial, name_of_kind
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from ...nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .blocks import Blocks, has_hooks
 from .own_forward import is_sequential
 from .written import written_pairs

@@ -11,8 +11,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx, nn
 
+from ..graph import module_of
 from .blocks import Blocks
-from .graph import module_of
 from .matching import Match
 from .remade import Remade, recipe, remake
 

@@ -23,15 +23,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..errors import SurgeryError
-from ..kernels.contract import Moments
-from ..kernels.reference import Reference
-from ..kernels.select import choose, load
-from ..nn import Norm
-from ..ops import dense
-from ..pattern import NormSpec, parse
-from ..view import View
-from .batch_norms import titled
+from ...errors import SurgeryError
+from ...kernels.contract import Moments
+from ...kernels.reference import Reference
+from ...kernels.select import choose, load
+from ...nn import Norm
+from ...ops import dense
+from ...pattern import NormSpec, parse
+from ...view import View
+from ..batch_norms import titled
 
 __all__ = ["Batches", "Meter", "by_batch", "call_order", "held", "merged", "moments_of", "only"]
 

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ..errors import ConfigError, SurgeryError
-from ..kernels.contract import Moments
-from ..nn import Norm
-from .comparing import EXACT_BUDGET, WORSE, Difference
-from .graph import copied
-from .measuring import Batches, Meter, held, merged, moments_of
+from ...errors import ConfigError, SurgeryError
+from ...kernels.contract import Moments
+from ...nn import Norm
+from ..caring.measuring import Batches, Meter, held, merged, moments_of
+from ..comparing import EXACT_BUDGET, WORSE, Difference
+from ..graph import copied
 
 __all__ = [
     "BUDGET",

@@ -1,0 +1,1 @@
+"""Running statistics: `measuring` takes them from data, `together` over several processes."""

@@ -1,0 +1,1 @@
+"""Introducing: `places` says where norms go, `calibrate` gives them the data's statistics."""
