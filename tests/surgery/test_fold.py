@@ -574,3 +574,38 @@ def test_rows_of_an_embedding_take_a_norm_in():
     folded, report = fold(model, words)
     assert report.folded[0][:3] == ("norm", ("embedding",), ("transpose",))
     torch.testing.assert_close(folded(words), model.eval()(words))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_tied_weights_keep_their_type(dtype):
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1))
+    model[3].weight = model[0].weight
+    folded, report = fold(randomized(model).to(dtype), example(SHAPES[2], dtype))
+    assert pairs(report) == [("1", "0")]
+    assert {p.dtype for p in folded.parameters()} == {dtype}
+
+
+def test_a_value_that_a_layer_made_for_its_norm_alone_may_be_written_over():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.next = nn.Conv2d(4, 6, 3), BatchNorm2d(6), nn.Conv2d(6, 6, 1)
+
+        def forward(self, x):
+            v = self.bn(self.conv(x))
+            y = v.sigmoid()
+            return self.next(F.relu_(v)) + v + y
+
+    model = randomized(InPlace())
+    folded, report = fold(model, example(SHAPES[2]))
+    assert pairs(report) == [("bn", "conv")]
+    assert_same(model, folded, example(SHAPES[2], seed=2), BUDGET)
+
+
+def test_a_trial_in_double_precision_that_fails_is_not_heard(capfd):
+    class Single(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.float())
+
+    fold(Single(nn.Conv2d(4, 6, 3), BatchNorm2d(6)), example(SHAPES[2]))
+    assert capfd.readouterr().err == ""

@@ -82,14 +82,16 @@ class _Bordered:
         ones = x.new_ones((1, 1, *x.shape[2:]))
         if self.transposed:
             convolve = _TRANSPOSED[x.dim() - 3]
-            return y + convolve(
+            added = convolve(
                 ones, self.border, None, self.stride, self.padding, self.output_padding, 1,
                 self.dilation,
             )  # fmt: skip
+            return y + added.to(y.dtype)
         added = _CONVS[x.dim() - 3](
             ones, self.border, None, self.stride, self.padding, self.dilation
         )
-        added = added - self.border.flatten(1).sum(1).reshape(-1, *[1] * (x.dim() - 2))
+        inside = self.border.flatten(1).sum(1).reshape(-1, *[1] * (x.dim() - 2))
+        added = (added - inside).to(y.dtype)
         return y + added if _is_traced() or y.requires_grad else _frame(y, added, x, self)
 
 

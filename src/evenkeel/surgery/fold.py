@@ -69,9 +69,8 @@ def fold(model: nn.Module, example: Any) -> tuple[fx.GraphModule, FoldReport]:
     unfreeze(original)  # in inference it is a norm like any other
     _bake(original)
     _recognize(original)
-    dtypes = {
-        name: t.dtype for name, t in (*original.named_parameters(), *original.named_buffers())
-    }
+    named = (original.named_parameters, original.named_buffers)
+    dtypes = {name: t.dtype for find in named for name, t in find(remove_duplicate=False)}
     traced, inputs, is_wide = _traced(original, example)
     reference = copy.deepcopy(traced)
     notes = _odd_variances(original)

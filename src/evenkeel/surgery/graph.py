@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import operator
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -146,7 +148,8 @@ def trace(model: nn.Module, example: Any, *, inference: bool = False) -> fx.Grap
     own = copied(model).eval()
     inputs = inputs_of(traced, example)
     try:
-        with torch.no_grad(), torch.random.fork_rng(()):
+        quiet = contextlib.redirect_stderr(io.StringIO())  # ShapeProp prints what it also raises
+        with torch.no_grad(), torch.random.fork_rng(()), quiet:
             found, wanted = (_run(run, inputs) for run in (ShapeProp(traced).propagate, own))
     except Exception as error:
         shapes = ", ".join(str(tuple(t.shape)) for t in inputs if isinstance(t, Tensor))

@@ -93,7 +93,7 @@ def push(graph: fx.GraphModule) -> tuple[list[Move], dict[str, str]]:
 
 def _way_back(node: fx.Node, shared: set[fx.Node]) -> _Way:
     way = _Way(node)
-    if node in shared:
+    if node in shared and not _is_fresh(node):
         raise Stuck("its output is written over in place while others use it")
     _pull(node.all_input_nodes[0], node.meta["map"], way, shared)
     return way
@@ -250,11 +250,17 @@ def _remove(node: fx.Node, value: fx.Node, anchors: list[fx.Node], moves: list[M
     """Takes the map's node out; its users get the value before it."""
     for move in moves:
         move.moor(node, anchors)
-    if not is_layer(value) or len(real_users(value)) > 1:
+    if not _is_fresh(node):
         for writer in _writers(node):
             _out_of_place(writer)
     node.replace_all_uses_with(value)
     node.graph.erase_node(node)
+
+
+def _is_fresh(node: fx.Node) -> bool:
+    """True if a layer made the map's input for it alone: to write over it means what it meant."""
+    (value,) = node.all_input_nodes
+    return is_layer(value) and len(real_users(value)) == 1
 
 
 def _writers(node: fx.Node) -> list[fx.Node]:
@@ -275,7 +281,7 @@ def _check_writers(node: fx.Node, shared: set[fx.Node]) -> None:
     value = node.all_input_nodes[0]
     if value in shared:
         raise Stuck(f"'{_called(value)}' is written over in place while others use it")
-    for writer in _writers(node):
+    for writer in () if _is_fresh(node) else _writers(node):
         function = writer.op == "call_function" and not writer.kwargs.get("inplace")
         if function and writer.target not in _OUT_OF_PLACE:
             raise Stuck(f"'{name_of(writer)}' writes over its output in place")
