@@ -16,7 +16,7 @@ from .maps import Map
 from .pushing import Move, written_over
 from .values import real_users, shape_seen
 
-__all__ = ["settle"]
+__all__ = ["activation_behind", "settle"]
 
 
 def settle(graph: fx.GraphModule, moves: list[Move], dtypes: dict[str, torch.dtype]) -> None:
@@ -57,7 +57,7 @@ def _chain(node: fx.Node, shared: set[fx.Node]) -> tuple[list[fx.Node], fx.Node 
         residual = None
     if residual is not None:
         chain += real_users(node)
-    activation = _activation(chain[-1])
+    activation = activation_behind(chain[-1])
     if activation is not None:
         chain += real_users(chain[-1])
     return chain, residual, activation
@@ -120,7 +120,7 @@ _FUSED: dict[Any, str] = {
 }  # fmt: skip
 
 
-def _activation(node: fx.Node) -> Any:
+def activation_behind(node: fx.Node) -> Any:
     """The activation that is the one user of the value, if the fused operation has it."""
     users = real_users(node)
     if len(users) != 1 or len(node.users) != 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..graph import module_of, name_of
+from ..graph import add_module, module_of, name_of
 from .absorbing import absorb_before, absorb_behind, is_layer, why_not
 from .commuting import Stuck, backward, forward
 from .expanding import is_map
@@ -82,7 +83,7 @@ def push(graph: fx.GraphModule) -> tuple[list[Move], dict[str, str]]:
                     reasons.setdefault(node, {})[where] = str(reason)
                 else:
                     go(node, way, moves)
-                    moved = True
+                    shared, moved = written_over(graph), True
         if moved:
             reasons.clear()
     return moves, {node.meta["norm"]: _why(found) for node, found in reasons.items()}
@@ -290,7 +291,10 @@ def _check_writers(node: fx.Node, shared: set[fx.Node]) -> None:
 def _out_of_place(node: fx.Node) -> None:
     module: Any = module_of(node)
     if module is not None and getattr(module, "inplace", False):
-        module.inplace = False
+        own = copy.copy(module)  # the same module may be called elsewhere, where it must write
+        own.inplace = False
+        root: Any = node.graph.owning_module
+        node.target = add_module(root, node.name, own)
     elif node.kwargs.get("inplace"):
         node.kwargs = {**node.kwargs, "inplace": False}
     elif node.op == "call_method" and _writes(node):
