@@ -18,6 +18,7 @@ from evenkeel.surgery.fold import BUDGET, Folded, FoldReport, fold, folded_weigh
 from evenkeel.surgery.folding import absorbing, pushing
 from evenkeel.surgery.folding.proof import drawn_like
 from evenkeel.surgery.introduce import introduce
+from evenkeel.surgery.unfold import unfold
 
 from .nets import ALL, TwoFaced, built, images, kinds, randomized, state
 
@@ -609,3 +610,17 @@ def test_a_trial_in_double_precision_that_fails_is_not_heard(capfd):
 
     fold(Single(nn.Conv2d(4, 6, 3), BatchNorm2d(6)), example(SHAPES[2]))
     assert capfd.readouterr().err == ""
+
+
+def test_packed_for_the_cpu():
+    network, _ = introduce(built("residual"), images(2))
+    folded, report = fold(randomized(network), images(), pack=True)
+    plain, other = fold(network, images())
+    assert report.folded == other.folded
+    assert "PackedConv2d" in kinds(folded)
+    assert "PackedConv2d" not in kinds(plain)
+    assert folded.state_dict().keys() == plain.state_dict().keys()
+    assert_same(network, folded, images(seed=2), BUDGET)
+    again, _ = unfold(folded, images(), report)
+    assert again.state_dict().keys() >= {f"{one.norm}.running_mean" for one in report.folded}
+    assert_same(network, again.eval(), images(seed=2), BUDGET)

@@ -236,7 +236,7 @@ def _compiled(model: nn.Module, images: Tensor) -> tuple[Any, None]:
 def _folded(model: nn.Module, images: Tensor) -> tuple[nn.Module, int]:
     from ..surgery.fold import fold
 
-    folded, report = fold(model, images)
+    folded, report = fold(model, images, pack=True)
     return folded, len(report.left)
 
 

@@ -92,11 +92,17 @@ def copied(model: M) -> M:
         SurgeryError: the model holds something that cannot be copied.
     """
     try:
-        return copy.deepcopy(model)
+        own = copy.deepcopy(model)
     except Exception as error:
         raise SurgeryError(
             f"{type(model).__name__} cannot be copied, so it is not edited: {first_line(error)}"
         ) from error
+    packed = any(type(module).__name__ == "PackedConv2d" for module in own.modules())
+    if packed and isinstance(own, fx.GraphModule):
+        from .folding.packing import unpack  # which imports this file
+
+        unpack(own)
+    return own
 
 
 def inputs_of(traced: fx.GraphModule, example: Any) -> tuple[Any, ...]:
