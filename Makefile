@@ -20,7 +20,7 @@ study: .venv/installed
 	$(BIN)/evenkeel study
 
 test: check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 check: lint types
 

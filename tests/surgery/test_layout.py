@@ -73,6 +73,15 @@ class AsksForStrides(nn.Module):
         return h + 1 if h.stride(1) == 1 else h
 
 
+@pytest.fixture(autouse=True)
+def _sound_convolutions(request):
+    """Seen with torch 2.13 on AVX2 alone, with evenkeel's kernels switched off too: a convolution's
+    backward in channels_last and double precision spoils the heap, and glibc ends the process."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if "branches" in request.node.name and "AVX512" not in capability:
+        pytest.skip(f"torch's convolution spoils the heap with {capability}")
+
+
 class TestSet:
     @pytest.mark.parametrize("name", ZOO)
     def test_same_parameters_and_numbers(self, name):
