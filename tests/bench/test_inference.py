@@ -143,7 +143,7 @@ class TestSides:
                 seen.append((x, torch.is_inference_mode_enabled()))
                 return x
 
-        def fold(model, images):
+        def fold(model, images, **options):
             assert not model.training
             weight = next(model.parameters())
             assert weight.is_contiguous(memory_format=torch.channels_last)
@@ -165,7 +165,7 @@ class TestSides:
         assert row.best_peer != "fx"
 
     def test_neither_is_ours(self, monkeypatch):
-        def fold(model, images):
+        def fold(model, images, **options):
             next(model.parameters()).data.mul_(1.1)
             return model, type("Report", (), {"left": ()})
 
@@ -195,7 +195,7 @@ class TestSides:
         assert f"off by {text}" in row.absent["fx"]
 
     def test_one_that_fails_is_named(self, monkeypatch):
-        def fold(model, images):
+        def fold(model, images, **options):
             raise SurgeryError("no graph")
 
         monkeypatch.setattr(surgery, "fold", fold)
