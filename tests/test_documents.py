@@ -87,9 +87,11 @@ def test_files_in_toml_are_plans(document, tmp_path):
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_commands_can_be_typed(document, command, prepared):
     """Studies and benchmarks are shown, not run; everything else runs."""
-    small = ("study", "--seeds", "2", "--steps", "10", "--out", "runs/quick-digits")
-    assert command(*small)[0] == 0
-    for tool, *words in lines(document.read_text()):
+    found = lines(document.read_text())
+    if any("report" in words for words in found):
+        small = ("study", "--seeds", "2", "--steps", "10", "--out", "runs/quick-digits")
+        assert command(*small)[0] == 0
+    for tool, *words in found:
         if tool == "make":
             make = shutil.which("make")
             if make is None:

@@ -14,9 +14,9 @@ import evenkeel
 SOURCE = Path(evenkeel.__file__).parent
 LAYERS = (
     ("errors",),
-    ("pattern", "view", "conventions", "allocator"),
+    ("pattern", "view", "conventions", "allocator", "files"),
     ("kernels",),
-    ("ops",),
+    ("ops", "cudnn"),
     ("recompute",),
     ("direct",),
     ("functional",),
@@ -99,6 +99,13 @@ def test_the_layer_test_sees_wrong_arrows(source, module, count):
     assert len(wrong_arrows(source, module)) == count
 
 
+def test_the_cudnn_binding_knows_only_errors():
+    for path in sorted((SOURCE / "kernels" / "cudnn_api").glob("*.py")):
+        names = imports(ast.parse(path.read_text()), *name_of(path))
+        others = {n for n in names if not n.startswith("evenkeel.kernels.cudnn_api")}
+        assert others <= {"evenkeel.errors"}, f"{path.name} imports {others}"
+
+
 def test_every_room_has_a_layer():
     assert {name_of(path)[0].split(".")[1] for path in modules() if path.parent != SOURCE} | {
         path.stem for path in SOURCE.glob("[a-z]*.py")
@@ -175,6 +182,7 @@ def test_public_names():
         "batch_norm",
         "check",
         "conventions",
+        "cudnn",
         "errors",
         "exchange",
         "fold",

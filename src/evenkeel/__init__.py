@@ -37,7 +37,7 @@ _HOMES = {
     "unfold": "surgery.unfold",
     "unfreeze": "surgery.freeze",
 }
-_ROOMS = ("allocator", "conventions", "errors", "functional", "nn")
+_ROOMS = ("allocator", "conventions", "cudnn", "errors", "functional", "nn")
 
 __all__ = [
     "BatchNorm1d",
@@ -51,6 +51,7 @@ __all__ = [
     "batch_norm",
     "check",
     "conventions",
+    "cudnn",
     "errors",
     "exchange",
     "fold",
@@ -70,6 +71,7 @@ __all__ = [
 if TYPE_CHECKING:
     from . import allocator as allocator
     from . import conventions as conventions
+    from . import cudnn as cudnn
     from . import errors as errors
     from . import functional as functional
     from . import nn as nn
