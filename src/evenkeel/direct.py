@@ -23,7 +23,10 @@ from .ops import aligned
 from .pattern import NormSpec
 from .view import View, view_of
 
-__all__ = ["batch_norm"]
+__all__ = ["PLAIN", "batch_norm", "is_plain"]
+
+PLAIN = (Tensor, torch.nn.Parameter)
+"""Classes whose operations are torch's own; a subclass may want to see them."""
 
 _WIDE = (torch.float32, torch.float64)
 _BITS = ("relu", "leaky_relu", "relu6")
@@ -70,7 +73,7 @@ def batch_norm(
 
     Nothing is checked but that this way is open; of anything wrong the other way tells.
     """
-    if torch.compiler.is_compiling() or not _is_plain(x):
+    if torch.compiler.is_compiling() or not is_plain(x):
         return None
     plan = _plan(spec, x.shape, x.stride(), x.dtype)
     if plan is None or not (
@@ -97,10 +100,10 @@ def batch_norm(
     return y
 
 
-def _is_plain(x: Tensor) -> bool:
+def is_plain(x: Any) -> bool:
     """True for values on the CPU: no subclass, fake, transform or mode that wants to see ops."""
     return (
-        type(x) in (Tensor, torch.nn.Parameter)
+        type(x) in PLAIN
         and x.is_cpu
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -123,7 +126,7 @@ def _fits(one: Tensor | None, other: Tensor | None, shape: torch.Size) -> bool:
 
 def _is_like(t: Tensor, x: Tensor) -> bool:
     return (
-        type(t) in (Tensor, torch.nn.Parameter)
+        type(t) in PLAIN
         and t.is_cpu
         and t.dtype == x.dtype
         and t.shape == x.shape

@@ -18,6 +18,7 @@ __all__ = [
     "ShapeError",
     "StudyError",
     "SurgeryError",
+    "first_line",
     "meant",
 ]
 
@@ -58,3 +59,8 @@ def meant(word: str, choices: Iterable[str]) -> str:
     """What a mistyped name was probably meant to be, as an insertion for a message, or nothing."""
     close = difflib.get_close_matches(word, list(choices), 1)
     return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -8,15 +8,14 @@ from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from ..errors import SurgeryError
+from ..errors import SurgeryError, first_line
 from ..surgery.batch_norms import unwrapped
-from ..surgery.comparing import Difference
+from ..surgery.comparing import Difference, apart, magnitude
+from ..surgery.examples import call, cloned, tensors_in
 from ..surgery.graph import copied
 from .findings import Findings
 from .observe import observe, undisturbed
-from .record import call
 from .rules.statistics import is_subnormal
 from .rules.structure import redundant_biases
 from .verb import check
@@ -145,10 +144,7 @@ def _proved(
     ):
         raise SurgeryError(f"without {what} the network gives other outputs; nothing was fixed")
     for place, (a, b) in enumerate(zip(before, after, strict=True)):
-        same = (a == b) | (a.isnan() & b.isnan())
-        apart = torch.where(same, 0.0, (a - b).abs().nan_to_num(nan=float("inf")))
-        scale = float(a.abs().nan_to_num(posinf=0.0).max()) if a.numel() else 0.0
-        found = Difference(float(apart.max()) if a.numel() else 0.0, scale, f"output {place}")
+        found = Difference(apart(a, b), magnitude(a), f"output {place}")
         if found.relative > BUDGET:
             raise SurgeryError(
                 f"without {what} the network would change by {found}, where {BUDGET:.0e} of that "
@@ -164,15 +160,10 @@ def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
     torch.manual_seed(0)
     try:
         with torch.no_grad():
-            output = call(own, pytree.tree_map(_cloned, example))
+            output = call(own, cloned(example))
     except Exception as error:
         raise SurgeryError(
             f"{type(model).__name__} cannot run the example in inference: "
-            f"{(str(error).strip() or type(error).__name__).splitlines()[0]}; nothing was fixed"
+            f"{first_line(error)}; nothing was fixed"
         ) from error
-    leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
-    return [t.detach().double().cpu() for t in leaves if t.is_floating_point()]
-
-
-def _cloned(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
+    return [t.detach().double().cpu() for t in tensors_in(output) if t.is_floating_point()]

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
 from ..errors import ConfigError
+from ..surgery.examples import tensors_in
 
 __all__ = ["MOST_BATCHES", "Data", "Decay", "batches_of", "decays_of", "doubled", "samples_in"]
 
@@ -71,8 +72,7 @@ def batches_of(data: Any, example: Any) -> Data:
     size = 0
     for batch in data:
         inputs.append(_inputs(batch, example))
-        leaves = pytree.tree_leaves(inputs[-1])
-        size += sum(t.nbytes for t in leaves if isinstance(t, Tensor))
+        size += sum(t.nbytes for t in tensors_in(inputs[-1]))
         if len(inputs) == MOST_BATCHES or size >= _MOST_BYTES:
             break
     if not inputs:
@@ -87,17 +87,16 @@ def batches_of(data: Any, example: Any) -> Data:
 
 def samples_in(example: Any) -> int:
     """How many samples an input has: the first size of its first tensor."""
-    leaves = pytree.tree_leaves(example)
-    shapes = [t.shape for t in leaves if isinstance(t, Tensor) and t.dim() > 0]
+    shapes = [t.shape for t in tensors_in(example) if t.dim() > 0]
     return int(shapes[0][0]) if shapes else 0
 
 
 def doubled(example: Any) -> Any:
     """An input of one sample as one of two, for training needs two; any other as it is."""
-    tensors = [t for t in pytree.tree_leaves(example) if isinstance(t, Tensor)]
+    tensors = tensors_in(example)
     if not tensors or any(t.dim() == 0 or t.shape[0] != 1 for t in tensors):
         return example
-    return pytree.tree_map(lambda t: torch.cat([t, t]) if isinstance(t, Tensor) else t, example)
+    return pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t]), example)
 
 
 def decays_of(

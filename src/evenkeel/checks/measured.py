@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..errors import first_line
+from ..surgery.examples import call, tensors_in
 from .facts import NormFacts
 from .given import samples_in
 from .measure import Gap, Moments, floor_of, gap, merged, moments
-from .record import call
 
 __all__ = ["Measured", "Subject", "measured"]
 
@@ -55,7 +56,7 @@ class Subject:
 
     def ready(self, inputs: Any) -> Any:
         """The inputs on the network's device."""
-        return pytree.tree_map(lambda t: t.to(self._device) if isinstance(t, Tensor) else t, inputs)
+        return pytree.tree_map_only(Tensor, lambda t: t.to(self._device), inputs)
 
     def fresh(self, inputs: Any, *, learns: bool = False) -> Any:
         """Copies of the inputs, for a network may overwrite them."""
@@ -190,8 +191,7 @@ def measured(subject: Subject, batches: Sequence[Any]) -> Measured | str:
         with subject.with_statistics(found):
             wanted = _outputs(subject, batches)
     except Exception as error:
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return f"the network cannot run the data ({text})"
+        return f"the network cannot run the data ({first_line(error)})"
     pairs = [(a, b) for a, b in zip(kept, wanted, strict=True) if a is not None and b is not None]
     difference, changed = _apart(pairs)
     own = {path: gap(subject.norms[path], m) for path, m in found.items()}
@@ -219,8 +219,7 @@ def _outputs(
                     raise
                 found.append(None)
                 continue
-            leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
-            first = next((t for t in leaves if t.is_floating_point()), None)
+            first = next((t for t in tensors_in(output) if t.is_floating_point()), None)
             found.append(None if first is None else first.detach().to("cpu", torch.float32))
     return found
 

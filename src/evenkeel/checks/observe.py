@@ -16,16 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
-from ..errors import SurgeryError
+from ..errors import SurgeryError, first_line
 from ..surgery.accelerate import restore
 from ..surgery.batch_norms import unwrapped
+from ..surgery.draws import gpus_of
+from ..surgery.examples import call, tensors_in
 from .facts import NormFacts, norms_of
 from .given import Data, Decay, batches_of, decays_of, doubled, samples_in
 from .measure import Moments, moments
 from .measured import Measured, Subject, measured
-from .record import call, recorded, traced
+from .record import recorded, traced
 from .walk import nodes_of
 from .weights import Checkpoint, Loaded, load_into
 
@@ -178,7 +179,7 @@ def _run(seen: Observation, subject: Subject, inputs: Any) -> None:
             call(subject.model, subject.fresh(inputs))
         seen.quiet = {path: parts[0] for path, parts in found.items()}
     except Exception as error:
-        seen.remarks.append(f"statistics without dropout were not had: {_first_line(error)}")
+        seen.remarks.append(f"statistics without dropout were not had: {first_line(error)}")
 
 
 def _trace(seen: Observation, subject: Subject) -> None:
@@ -194,7 +195,7 @@ def _trace(seen: Observation, subject: Subject) -> None:
             with mode():
                 graph = traced(subject.model)
         except Exception as error:
-            reason = f"torch.fx cannot trace it ({_first_line(error)})"
+            reason = f"torch.fx cannot trace it ({first_line(error)})"
             before = seen.lacks.get(need)
             seen.lacks[need] = f"{before or 'give an example input'}; {reason}"
             continue
@@ -214,14 +215,14 @@ def _recounts(seen: Observation, subject: Subject, inputs: Any) -> dict[str, flo
     try:
         with subject.as_train(seen.training), torch.enable_grad():
             given = subject.fresh(inputs, learns=True)
-            leaves = pytree.tree_leaves(call(subject.model, given))
+            leaves = tensors_in(call(subject.model, given))
             once = dict(calls)
             before = {path: _statistics(module) for path, module in norms.items()}
-            outputs = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
+            outputs = [t for t in leaves if t.requires_grad]
             torch.autograd.backward([t.float().sum() for t in outputs])
             moved = {p: not torch.equal(before[p], _statistics(m)) for p, m in norms.items()}
     except Exception as error:
-        seen.remarks.append(f"checkpointed segments were not run backward: {_first_line(error)}")
+        seen.remarks.append(f"checkpointed segments were not run backward: {first_line(error)}")
         return {}
     finally:
         for hook in hooks:
@@ -252,13 +253,11 @@ def _averaged(model: nn.Module) -> int | None:
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Random numbers of torch, Python and NumPy are afterwards as before; no warnings meanwhile."""
-    tensors = [*model.parameters(), *model.buffers()]
-    devices = sorted({t.device.index for t in tensors if t.is_cuda and t.device.index is not None})
     drawn = random.getstate()
     numpy: Any = sys.modules.get("numpy")
     state = None if numpy is None else numpy.random.get_state()
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices))
+        stack.enter_context(torch.random.fork_rng(gpus_of(model)))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         try:
@@ -271,8 +270,4 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def _why(error: Exception, mode: str) -> str:
-    return f"the network cannot run the example in {mode} ({_first_line(error)})"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"the network cannot run the example in {mode} ({first_line(error)})"

@@ -20,25 +20,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
+from ..surgery.examples import call, tensors_in
 from .facts import is_norm_module
 from .walk import is_layer_module
 
-__all__ = ["NormInput", "call", "recorded", "traced"]
+__all__ = ["NormInput", "recorded", "traced"]
 
 NormInput = Callable[[str, Tensor], Any]
 """Called with a norm's path and its input; what it gives is kept as the node's ``meta['seen']``."""
 
 _READS = {"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "equal"}
 _CHANGES = {"__setitem__", "copy_"}
-
-
-def call(model: nn.Module, example: Any) -> Any:
-    """The model's output for an input, a tuple of inputs, or inputs by name."""
-    if isinstance(example, Mapping):
-        return model(**example)
-    return model(*example) if isinstance(example, tuple) else model(example)
 
 
 def recorded(model: nn.Module, example: Any, seen: NormInput) -> tuple[fx.Graph, Any]:
@@ -132,8 +125,7 @@ class _Recorder(TorchFunctionMode):
 
     def given(self, example: Any) -> None:
         """The network's inputs."""
-        values = [t for t in pytree.tree_leaves(example) if isinstance(t, Tensor)]
-        for place, value in enumerate(values):
+        for place, value in enumerate(tensors_in(example)):
             self._make(self.graph.placeholder(f"input_{place}"), [value])
 
     def result(self, output: Any) -> None:
@@ -160,7 +152,7 @@ class _Recorder(TorchFunctionMode):
         self._stack.append((module, inside or _is_leaf(module)))
 
     def _norm_call(self, path: str, training: bool, given: Any) -> dict[str, Any]:
-        x = next((t for t in pytree.tree_leaves(given) if isinstance(t, Tensor)), None)
+        x = next(iter(tensors_in(given)), None)
         self._is_measuring = True
         try:
             seen = None if x is None else self._seen(path, x)
@@ -174,7 +166,7 @@ class _Recorder(TorchFunctionMode):
         if self._is_inside or "nodes" not in meta:
             return
         path, inputs = self._paths[module], meta.pop("nodes")
-        outputs = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+        outputs = tensors_in(output)
         # What some code inside gave that no function of torch's showed is the module's own doing.
         unknown = [t for t in outputs if self._node(t) is None]
         if _is_leaf(module) or (unknown and inputs):
@@ -186,7 +178,7 @@ class _Recorder(TorchFunctionMode):
 
     def _note(self, func: Any, args: Any, kwargs: Mapping[str, Any], result: Any) -> None:
         name = getattr(func, "__name__", "")
-        outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+        outputs = tensors_in(result)
         if name in _CHANGES and args and isinstance(args[0], Tensor):
             outputs = [args[0]]
         inputs = self._nodes((args, kwargs))
@@ -209,7 +201,7 @@ class _Recorder(TorchFunctionMode):
 
     def _owner(self, args: Any, kwargs: Mapping[str, Any]) -> str | None:
         """The norm whose statistics or weights a function was given."""
-        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        given = tensors_in((args, kwargs))
         return next((self._owners[id(t)] for t in given if id(t) in self._owners), None)
 
     def _make(self, node: fx.Node, outputs: list[Tensor]) -> None:
@@ -224,8 +216,8 @@ class _Recorder(TorchFunctionMode):
 
     def _nodes(self, values: Any) -> list[fx.Node]:
         """What made the tensors in the values, each once."""
-        leaves = (t for t in pytree.tree_leaves(values) if isinstance(t, Tensor))
-        return list(dict.fromkeys(n for t in leaves if (n := self._node(t)) is not None))
+        found = map(self._node, tensors_in(values))
+        return list(dict.fromkeys(node for node in found if node is not None))
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -240,8 +232,7 @@ def _is_leaf(module: nn.Module) -> bool:
 
 def _shape(values: Any) -> tuple[int, ...] | None:
     """The shape of the first tensor."""
-    leaves = pytree.tree_leaves(values)
-    return next((tuple(t.shape) for t in leaves if isinstance(t, Tensor)), None)
+    return next((tuple(t.shape) for t in tensors_in(values)), None)
 
 
 def _owners(model: nn.Module) -> dict[str, dict[Any, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, FormatError
+from ..errors import ConfigError, FormatError, first_line
+from ..files import whole
 from .facts import is_norm_module
 
 __all__ = ["Checkpoint", "Loaded", "as_checkpoint", "load_into", "save"]
@@ -114,13 +114,8 @@ def save(path: Path, model: nn.Module) -> None:
     from safetensors.torch import save as as_bytes
 
     state = {name: t.detach().cpu().clone().contiguous() for name, t in model.state_dict().items()}
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with whole(path, ConfigError) as part:
         part.write_bytes(as_bytes(state))
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -135,10 +130,10 @@ def _read(path: Path) -> Mapping[str, Any]:
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, EOFError) as error:
-        raise FormatError(f"{path}: it cannot be read ({_first_line(error)})") from error
+        raise FormatError(f"{path}: it cannot be read ({first_line(error)})") from error
     except Exception as error:
         raise FormatError(
-            f"{path}: it is no file of tensors ({_first_line(error)}); save network.state_dict(), "
+            f"{path}: it is no file of tensors ({first_line(error)}); save network.state_dict(), "
             "best as .safetensors"
         ) from error
     if not isinstance(found, Mapping):
@@ -175,7 +170,3 @@ def _statistics(model: nn.Module) -> set[str]:
                 for name, _ in module.named_buffers(recurse=False)
             }
     return names
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -16,16 +16,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C import (
-    _are_functorch_transforms_active,
-    _get_mkldnn_enabled,
-    _len_torch_dispatch_stack,
-)
 from torch.autograd import forward_ad
 
+from ..direct import PLAIN, is_plain
 from ..functional import activation_of
 from ..kernels.reference import activate
-from .folded import _is_traced
 
 __all__ = ["Activation", "PackedConv2d", "pack_module", "unpacked"]
 
@@ -222,7 +217,7 @@ def unpacked(module: PackedConv2d) -> tuple[nn.Conv2d, nn.Module | None]:
 
 def _applies(x: Any, weight: Any, bias: Any) -> bool:
     """True if the kernel may run: dense float32 on the CPU, and nobody follows what is done."""
-    if _is_traced() or type(x) is not Tensor or not _HAS_OPS or not _get_mkldnn_enabled():
+    if torch.compiler.is_compiling() or not (_HAS_OPS and is_plain(x)):
         return False
     for t in (x, weight, bias):
         if t is not None and (
@@ -235,15 +230,11 @@ def _applies(x: Any, weight: Any, bias: Any) -> bool:
         return False
     return not (
         weight.is_inference()  # it has no version
-        or _len_torch_dispatch_stack()
-        or _are_functorch_transforms_active()
+        or not torch._C._get_mkldnn_enabled()
         or forward_ad._current_level >= 0
         or torch.is_autocast_enabled("cpu")
-        or type(weight) not in _PLAIN
+        or type(weight) not in PLAIN
     )
-
-
-_PLAIN = (Tensor, nn.Parameter)
 
 
 def _is_current(packed: _Packed) -> bool:

@@ -12,9 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -23,13 +21,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from ..errors import FormatError, StudyError
+from ..errors import FormatError, StudyError, first_line
+from ..files import whole
+from ..surgery.exporting.programs import KEY as FOLDED
 
 __all__ = ["KINDS", "read", "write"]
 
 KINDS: Final = {"model": "a trained network", "training": "a training that is not finished"}
 _KEY: Final = "evenkeel"
 _FORMAT: Final = 1
+_REFUSED: Final = (
+    "cannot be written ({}); free some space or check the rights; what was there before is still "
+    "there"
+)
 
 
 def write(path: Path, kind: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -41,22 +45,8 @@ def write(path: Path, kind: str, config: Mapping[str, Any], tensors: Mapping[str
     own = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     body = {"format": _FORMAT, "kind": kind, "config": config}
     body["sha256"] = _digest(body, own)
-    content = to_bytes(own, {_KEY: _canonical(body)})
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        raise StudyError(
-            f"{path} cannot be written ({error.strerror or error}); free some space or check the "
-            "rights; what was there before is still there"
-        ) from error
-    finally:
-        with suppress(OSError):
-            part.unlink()
+    with whole(path, StudyError, _REFUSED) as part:
+        part.write_bytes(to_bytes(own, {_KEY: _canonical(body)}))
 
 
 def read(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -79,8 +69,9 @@ def read(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         if isinstance(error, FormatError):
             raise
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise FormatError(f"{path}: is no safetensors file that can be read ({first})") from error
+        raise FormatError(
+            f"{path}: is no safetensors file that can be read ({first_line(error)})"
+        ) from error
     # The text, too, must be as we write it: 1E-05 for 1e-05 is a flipped bit all the same.
     said = _canonical(body)
     if body.pop("sha256") != _digest(body, tensors) or text != said:
@@ -92,7 +83,14 @@ def read(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _text(path: Path, metadata: Mapping[str, str] | None) -> str:
-    text = (metadata or {}).get(_KEY)
+    metadata = metadata or {}
+    text = metadata.get(_KEY)
+    if FOLDED in metadata:
+        raise FormatError(
+            f"{path}: holds weights alone, as 'evenkeel fold' and export write them; give what "
+            "'evenkeel train' wrote, or fold its network in Python and load them: "
+            "folded.load_state_dict(safetensors.torch.load_file(path))"
+        )
     if text is None:
         raise FormatError(
             f"{path}: was not written by evenkeel: its metadata has no '{_KEY}'; give a file that "

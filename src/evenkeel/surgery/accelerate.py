@@ -33,12 +33,13 @@ from .accelerating.layout import Layout, convert, convert_back, is_laid_out, lay
 from .accelerating.layout import check as check_layout
 from .accelerating.low_memory import check as check_memory
 from .accelerating.low_memory import install, is_installed, kept_on, uninstall
-from .accelerating.matching import OURS, Activation, Match, find, find_written
+from .accelerating.matching import OURS, Match, find, find_written
 from .accelerating.own_forward import is_sequential
 from .accelerating.remade import Remade, recipe, remake, unmake
 from .accelerating.rewriting import WAS, graph_as_before, rewriting
 from .comparing import Difference, compare
 from .freeze import is_frozen, kind_like
+from .fused import Activation
 from .graph import copied
 
 __all__ = ["Accelerated", "accelerate", "restore"]

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from ..errors import SurgeryError
-from .draws import SameDraws
+from ..errors import SurgeryError, first_line
+from .draws import SameDraws, gpus_of
+from .examples import call, mapped, tensors_in, widened
 
-__all__ = ["BUDGET", "EXACT_BUDGET", "Difference", "compare", "compare_layouts"]
+__all__ = [
+    "BUDGET",
+    "EXACT_BUDGET",
+    "Difference",
+    "apart",
+    "compare",
+    "compare_layouts",
+    "magnitude",
+]
 
 BUDGET = 1e-4
 """The largest difference of a value relative to the largest of its tensor, in single precision.
@@ -112,7 +119,7 @@ def compare_layouts(model: nn.Module, other: nn.Module, example: Any) -> Differe
     with SameDraws():  # type: ignore[no-untyped-call]
         output, _ = _largest(_values(model, example), _values(other, example))
         try:
-            wide = _map(lambda t: t.double(), example)
+            wide = widened(example)
             exact = _values(copy.deepcopy(model).double(), wide)
             found = _values(copy.deepcopy(other).double(), wide)
         except (RuntimeError, SurgeryError):  # something in it insists on single precision
@@ -131,7 +138,7 @@ def _is_rounding(
 ) -> bool:
     """True if nothing but the precision makes the difference."""
     try:
-        wide = _map(lambda t: t.double(), example)
+        wide = widened(example)
         exact = _values(copy.deepcopy(original).double(), wide)
         other = _values(copy.deepcopy(changed).double(), wide)
     except (RuntimeError, SurgeryError):  # something in it insists on single precision
@@ -146,9 +153,7 @@ def _values(model: nn.Module, example: Any) -> Values:
     """All that the network computes for the example, in both modes."""
     own = copy.deepcopy(model)
     values: Values = {}
-    tensors = [*own.parameters(), *own.buffers()]
-    devices = sorted({t.device.index for t in tensors if t.is_cuda and t.device.index is not None})
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(gpus_of(own)):
         for training in (True, False):
             mode = "training" if training else "inference"
             torch.manual_seed(0)
@@ -157,8 +162,8 @@ def _values(model: nn.Module, example: Any) -> Values:
             except Exception as error:
                 raise SurgeryError(
                     f"{type(model).__name__} cannot run the example in {mode}: "
-                    f"{(str(error).strip() or type(error).__name__).splitlines()[0]}; give an "
-                    "input, a tuple of inputs or a dict of inputs by name, of two samples or more"
+                    f"{first_line(error)}; give an input, a tuple of inputs or a dict of inputs by "
+                    "name, of two samples or more"
                 ) from error
             values |= {f"{name} in {mode}": value for name, value in found.items()}
     return values
@@ -172,9 +177,8 @@ def _run(model: nn.Module, example: Any) -> Values:
         return leaves[-1].clone()  # what is no leaf may be overwritten by the network
 
     with torch.enable_grad():
-        result = _called(model, _map(fresh, example))
-    tensors = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
-    outputs = [t for t in tensors if t.is_floating_point() and t.numel() > 0]
+        result = call(model, mapped(fresh, example))
+    outputs = [t for t in tensors_in(result) if t.is_floating_point() and t.numel() > 0]
     if not outputs:
         raise SurgeryError("it gives no floating tensor to compare")
     values = {f"output {place}": t.detach().clone() for place, t in enumerate(outputs)}
@@ -188,19 +192,6 @@ def _run(model: nn.Module, example: Any) -> Values:
         pairs = zip(named, found, strict=True)
         values |= {name: gradient for name, gradient in pairs if gradient is not None}
     return values
-
-
-def _called(model: nn.Module, example: Any) -> Any:
-    if isinstance(example, Mapping):
-        return model(**example)
-    return model(*example) if isinstance(example, tuple) else model(example)
-
-
-def _map(change: Callable[[Tensor], Tensor], example: Any) -> Any:
-    """The example with each floating tensor in it changed."""
-    return pytree.tree_map(
-        lambda v: change(v) if isinstance(v, Tensor) and v.is_floating_point() else v, example
-    )
 
 
 def _cotangent(t: Tensor) -> Tensor:
@@ -222,7 +213,7 @@ def _largest(before: Values, after: Values) -> tuple[Difference, Difference]:
     for name, value in before.items():
         is_gradient = name.startswith("gradient")
         scale = max(_size(value), floor if is_gradient else _deviation(name, before))
-        kinds[is_gradient].append(Difference(_apart(value, after[name]), scale, name))
+        kinds[is_gradient].append(Difference(apart(value, after[name]), scale, name))
     none = Difference(0.0, 0.0, "nothing")
     first, second = (max(kind, key=lambda d: d.relative, default=none) for kind in kinds)
     return first, second
@@ -238,11 +229,16 @@ def _size(t: Tensor) -> float:
     return float(t.detach().double().abs().nan_to_num().max()) if t.numel() else 0.0
 
 
-def _apart(a: Tensor, b: Tensor) -> float:
+def magnitude(t: Tensor) -> float:
+    """The largest finite value."""
+    return float(t.detach().double().abs().nan_to_num(0.0, 0.0).max()) if t.numel() else 0.0
+
+
+def apart(a: Tensor, b: Tensor) -> float:
     """The largest difference; infinite if only one of two values is NaN or infinite."""
     if a.shape != b.shape:
         return float("inf")
     wide, other = a.detach().double(), b.detach().double()
     same = (wide == other) | (wide.isnan() & other.isnan())
-    apart = (wide - other).abs().nan_to_num(nan=float("inf"))
-    return float(torch.where(same, 0.0, apart).max()) if a.numel() else 0.0
+    far = (wide - other).abs().nan_to_num(nan=float("inf"))
+    return float(torch.where(same, 0.0, far).max()) if a.numel() else 0.0

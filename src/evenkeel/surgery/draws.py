@@ -1,8 +1,8 @@
-"""Random numbers that fall on the same values in every memory layout.
+"""Random numbers: whose they are, and the same on the same values in every memory layout.
 
 Torch fills a tensor with random numbers in the order of its memory. So dropout with the same seed
 drops other values in channels_last than in contiguous memory, and two such networks cannot be
-compared. Here every random op is given contiguous tensors.
+compared. In `SameDraws` every random op is given contiguous tensors.
 """
 
 from __future__ import annotations
@@ -11,11 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["SameDraws"]
+__all__ = ["SameDraws", "gpus_of"]
+
+
+def gpus_of(model: nn.Module) -> list[int]:
+    """The GPUs on which the network may draw, for torch.random.fork_rng."""
+    tensors = (*model.parameters(), *model.buffers())
+    return sorted({t.device.index for t in tensors if t.is_cuda and t.device.index is not None})
 
 
 class SameDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]

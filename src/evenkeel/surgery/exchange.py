@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from ..errors import ConfigError, PatternError, SurgeryError, meant
+from ..errors import ConfigError, PatternError, SurgeryError, first_line, meant
 from ..pattern import NormSpec, parse
 from .accelerating.layout import is_laid_out
 from .accelerating.low_memory import is_installed
 from .accelerating.remade import Remade
 from .accelerating.rewriting import WAS
 from .batch_norms import Where, titled, unwrapped
+from .comparing import apart, magnitude
+from .draws import gpus_of
+from .examples import call, cloned, tensors_in, widened
 from .exchanging.becoming import Already, Edit, Undo
 from .exchanging.edits import edit_for
 from .exchanging.kinds import Seen, candidates
@@ -326,24 +328,16 @@ def _run(
             seen.add(tuple(x.shape))
 
         own.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True)
-    tensors = [*own.parameters(), *own.buffers()]
-    devices = sorted({t.device.index for t in tensors if t.is_cuda and t.device.index is not None})
-    given = pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, example)
-    with torch.no_grad(), torch.random.fork_rng(devices):
+    with torch.no_grad(), torch.random.fork_rng(gpus_of(own)):
         torch.manual_seed(0)
         try:
-            if isinstance(given, Mapping):
-                result = own(**given)
-            else:
-                result = own(*given) if isinstance(given, tuple) else own(given)
+            result = call(own, cloned(example))
         except Exception as error:
             raise SurgeryError(
                 f"{type(model).__name__} cannot run the example in inference: "
-                f"{(str(error).strip() or type(error).__name__).splitlines()[0]}; give an input, a "
-                "tuple of inputs or a dict of inputs by name"
+                f"{first_line(error)}; give an input, a tuple of inputs or a dict of inputs by name"
             ) from error
-    found = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
-    return shapes, [t for t in found if t.is_floating_point() and t.numel() > 0]
+    return shapes, [t for t in tensors_in(result) if t.is_floating_point() and t.numel() > 0]
 
 
 def _proof(
@@ -357,7 +351,7 @@ def _proof(
     difference, scale = _apart(before, _run(changed, example)[1])
     if difference <= BUDGET * scale:
         return difference, scale, BUDGET
-    wide = pytree.tree_map(_double, example)
+    wide = widened(example)
     try:
         exact = _run(copy.deepcopy(original).double(), wide)[1]
         other = _run(copy.deepcopy(changed).double(), wide)[1]
@@ -373,19 +367,9 @@ def _proof(
     )
 
 
-def _double(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
 def _apart(before: list[Tensor], after: list[Tensor]) -> tuple[float, float]:
     """The largest difference, infinite if one of two values alone is not finite; and the scale."""
     if [t.shape for t in before] != [t.shape for t in after]:
         return float("inf"), 0.0
-    pairs = [(a.double(), b.double()) for a, b in zip(before, after, strict=True)]
-    worst = scale = 0.0
-    for a, b in pairs:
-        same = (a == b) | (a.isnan() & b.isnan())
-        off = torch.where(same, 0.0, (a - b).abs().nan_to_num(nan=float("inf")))
-        worst = max(worst, float(off.max()))
-        scale = max(scale, float(a.nan_to_num(posinf=0.0, neginf=0.0).abs().max()))
-    return worst, scale
+    worst = max(map(apart, before, after), default=0.0)
+    return worst, max(map(magnitude, before), default=0.0)

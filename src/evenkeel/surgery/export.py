@@ -10,10 +10,9 @@ import inspect
 import json
 import logging
 import math
-import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,17 +24,16 @@ from torch.utils import _pytree as pytree
 
 from .. import __version__
 from ..errors import ConfigError, SurgeryError, meant
+from ..files import whole
+from .examples import arguments, call, tensors_in
 from .exporting.programs import (
     KEY,
     Run,
-    arguments,
     batch_of,
-    call,
     is_installed,
     program_of,
     reason,
     resized,
-    tensors_in,
     write_onnx,
     write_pt2,
 )
@@ -162,7 +160,7 @@ def export(
         example = pytree.tree_map(lambda v: v.cpu() if isinstance(v, Tensor) else v, example)
     said = json.dumps({**_inputs(own, example), **(about or {})}, sort_keys=True)
     batch: str | int = "any" if dynamic_batch else batch_of(example)
-    with _quietly(), _whole(path) as part:
+    with _quietly(), whole(path, ConfigError) as part:
         if suffix == ".safetensors":
             _write_weights(own, part, said)
             size, by = part.stat().st_size, f"safetensors {version('safetensors')}"
@@ -301,23 +299,3 @@ def _quietly() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A file beside the path, which takes its place if all goes well and is gone if not.
-
-    Raises:
-        ConfigError: it cannot be written; an old file is still there.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            part.unlink()

@@ -15,16 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
-from torch.utils import _pytree as pytree
 
 from ..errors import SurgeryError
 from ..nn import Norm
 from .accelerate import restore
+from .examples import widened
 from .exchanging.kinds import computes_a_norm, is_bare_frozen
 from .folding.absorbing import folded_weights
 from .folding.expanding import expand
 from .folding.functions import layers_of_functions
 from .folding.leaving import settle
+from .folding.packing import pack as packed
 from .folding.proof import drawn_like, largest_apart, outputs, per_norm, relative
 from .folding.pushing import Move, push
 from .folding.report import Folded, FoldReport
@@ -85,8 +86,6 @@ def fold(
     if is_wide:
         notes += _narrow(traced, dtypes)
     if pack:
-        from .folding.packing import pack as packed  # it needs parts of torch that may change
-
         packed(traced)
     given = inputs_of(traced, example)
     exacts = (reference, inputs) if is_wide else None
@@ -138,13 +137,9 @@ def _recognize(model: nn.Module) -> None:
 
 def _traced(model: nn.Module, example: Any) -> tuple[fx.GraphModule, tuple[Any, ...], bool]:
     """The network in double precision if it runs in it, with the inputs and whether it does."""
-
-    def widened(t: Tensor) -> Tensor:
-        return t.double() if t.is_floating_point() else t
-
     try:
         wide = copy.deepcopy(model).double()
-        inputs = pytree.tree_map_only(Tensor, widened, example)
+        inputs = widened(example)
         traced = trace(wide, inputs, inference=True)
         return traced, inputs_of(traced, inputs), True
     except (SurgeryError, RuntimeError, TypeError):  # something in it insists on its precision
@@ -243,10 +238,7 @@ def _check_rounding(
         apart, scale = largest_apart(old, new)
         budget = BUDGET
         if not apart <= BUDGET * scale and exact is not None:
-            wide = tuple(
-                t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in given
-            )
-            own = relative(largest_apart(outputs(exact[0], wide), old)[0], scale)
+            own = relative(largest_apart(outputs(exact[0], widened(given)), old)[0], scale)
             budget += WORSE * own
         if not apart <= budget * scale:
             raise SurgeryError(

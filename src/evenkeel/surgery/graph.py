@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import io
 import operator
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -15,16 +17,19 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils import _pytree as pytree
 
-from ..errors import SurgeryError
+from ..errors import SurgeryError, first_line
 from ..nn import Norm
 from ..nn.folded import BORDERED, ScaleShift
+from ..nn.packed import PackedConv2d
+from .examples import arguments, cloned
 
 __all__ = [
+    "ACTIVATIONS",
     "LAYERS",
     "NORMS",
+    "POOLINGS",
     "add_module",
     "copied",
-    "first_line",
     "inputs_of",
     "is_activation",
     "is_layer",
@@ -32,6 +37,7 @@ __all__ = [
     "is_pooling",
     "module_of",
     "name_of",
+    "overwrites",
     "rank_expected",
     "shape_of",
     "trace",
@@ -47,7 +53,7 @@ _LAYER_NAMES = {
     "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
 }  # fmt: skip
 _NORM_NAMES = {"batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm"}
-_ACTIVATIONS = (
+ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU,
     nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh,
     nn.Softplus, nn.Softsign, nn.LogSigmoid,
@@ -58,7 +64,7 @@ _ACTIVATION_NAMES = {
     "hardsigmoid", "hardtanh", "hardtanh_", "softplus", "softsign", "log_sigmoid", "rrelu",
     "rrelu_",
 }  # fmt: skip
-_POOLINGS = (
+POOLINGS = (
     nn.modules.pooling._MaxPoolNd,
     nn.modules.pooling._AvgPoolNd,
     nn.modules.pooling._AdaptiveAvgPoolNd,
@@ -75,6 +81,13 @@ _DROPOUTS: dict[Any, type[nn.Module]] = {
     F.alpha_dropout: nn.AlphaDropout,
     F.feature_alpha_dropout: nn.FeatureAlphaDropout,
 }
+
+
+_IN_PLACE = {
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
+    operator.imod, operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor,
+    operator.ilshift, operator.irshift, operator.iconcat, operator.setitem,
+}  # fmt: skip
 
 
 class _Tracer(fx.Tracer):
@@ -97,7 +110,7 @@ def copied(model: M) -> M:
         raise SurgeryError(
             f"{type(model).__name__} cannot be copied, so it is not edited: {first_line(error)}"
         ) from error
-    packed = any(type(module).__name__ == "PackedConv2d" for module in own.modules())
+    packed = any(isinstance(module, PackedConv2d) for module in own.modules())
     if packed and isinstance(own, fx.GraphModule):
         from .folding.packing import unpack  # which imports this file
 
@@ -116,7 +129,7 @@ def inputs_of(traced: fx.GraphModule, example: Any) -> tuple[Any, ...]:
         SurgeryError: a name is that of no input.
     """
     if not isinstance(example, Mapping):
-        return example if isinstance(example, tuple) else (example,)
+        return arguments(example)[0]
     names = [str(node.target) for node in traced.graph.nodes if node.op == "placeholder"]
     unknown = sorted(set(example) - set(names))
     given = [name for name in names if name in example]
@@ -175,7 +188,7 @@ def trace(model: nn.Module, example: Any, *, inference: bool = False) -> fx.Grap
 def _run(network: Any, inputs: tuple[Any, ...]) -> Any:
     """On copies, for some networks write over their inputs, and with the same random numbers."""
     torch.manual_seed(0)
-    return network(*pytree.tree_map_only(Tensor, Tensor.clone, inputs))
+    return network(*cloned(inputs))
 
 
 def _alike(a: Any, b: Any) -> bool:
@@ -302,12 +315,33 @@ def is_norm(node: fx.Node) -> bool:
 
 def is_activation(node: fx.Node) -> bool:
     """A non-linearity: a module, a function or a method."""
-    return isinstance(module_of(node), _ACTIVATIONS) or _called(node) in _ACTIVATION_NAMES
+    return isinstance(module_of(node), ACTIVATIONS) or _called(node) in _ACTIVATION_NAMES
 
 
 def is_pooling(node: fx.Node) -> bool:
     """A pooling: a module or a function."""
-    return isinstance(module_of(node), _POOLINGS) or "_pool" in _called(node)
+    return isinstance(module_of(node), POOLINGS) or "_pool" in _called(node)
+
+
+def overwrites(node: fx.Node) -> bool:
+    """True if the node works in place: ``nn.ReLU(inplace=True)``, ``F.relu_(x)``, ``x += y``."""
+    if node.kwargs.get("inplace") or getattr(module_of(node), "inplace", False):
+        return True
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = _called(node)
+    in_place = node.target in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    given = dict(zip(_parameters(node.target), node.args, strict=False))
+    return in_place or "out" in node.kwargs or bool(given.get("inplace"))
+
+
+@lru_cache(maxsize=1024)
+def _parameters(function: Any) -> tuple[str, ...]:
+    """The names of a function's parameters; none of a method's or a builtin's."""
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return ()
 
 
 def name_of(node: fx.Node) -> str:
@@ -322,9 +356,3 @@ def _called(node: fx.Node) -> str:
     if node.op == "call_function":
         return str(getattr(node.target, "__name__", ""))
     return ""
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an error says."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from ..errors import ConfigError, PatternError, ShapeError, SurgeryError
 from ..nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Norm, PerActivationBatchNorm
 from ..pattern import DEFAULT, parse
+from .examples import tensors_in
 from .graph import add_module, copied, is_layer, module_of, shape_of, trace
 from .introducing.calibrate import Data, Forward, Measured, Values, measure, owned, prove, settle
 from .introducing.places import LAYER_KINDS, PLACEMENTS, Left, Place, Where, hand_over, places
@@ -233,7 +233,7 @@ def insert(
     float32 at least. Its name is ``name``, or made of the place's.
     """
     said, dtype = str(place), place.value.meta["tensor_meta"].dtype
-    home = next(t.device for t in pytree.tree_leaves(example) if isinstance(t, Tensor))
+    home = next(t.device for t in tensors_in(example))
     norm.to(home, torch.promote_types(dtype, torch.float32)).train(traced.training)
     path = add_module(traced, name or place.base, norm)
     return Slot(path, hand_over(place, path), said)

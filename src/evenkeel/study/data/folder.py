@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...errors import ConfigError
+from ...errors import ConfigError, first_line
 from .base import Dataset, Split, found_in, refuse, shuffled, stratified
 
 __all__ = ["load", "read_picture"]
@@ -145,7 +145,7 @@ def _open(path: Path) -> Image.Image:
             warnings.simplefilter("ignore")
             image = Image.open(path, formats=_FORMATS)
     except Exception as error:  # Pillow's decoders raise whatever their libraries do
-        raise refuse(path, f"is no picture that can be read ({_first_line(error)})") from error
+        raise refuse(path, f"is no picture that can be read ({first_line(error)[:200]})") from error
     if image.width * image.height > _MOST_PIXELS:
         image.close()
         raise refuse(
@@ -164,7 +164,7 @@ def _header(path: Path, label: int) -> _Picture:
                 warnings.simplefilter("ignore")
                 orientation = _orientation(image)
         except Exception as error:  # as above
-            raise refuse(path, f"has damaged metadata ({_first_line(error)})") from error
+            raise refuse(path, f"has damaged metadata ({first_line(error)[:200]})") from error
         width, height = image.size[::-1] if orientation >= 5 else image.size
         clear = image.mode in _CLEAR or "transparency" in image.info
         return _Picture(path, label, height, width, image.mode in _GRAY, clear, orientation)
@@ -226,7 +226,9 @@ def _pixels(picture: _Picture, mode: str, size: tuple[int, int]) -> np.ndarray:
                 warnings.simplefilter("ignore")
                 pixels = np.asarray(_finish(image, picture, mode, size))
         except Exception as error:  # as above
-            raise refuse(picture.path, f"is a damaged picture ({_first_line(error)})") from error
+            raise refuse(
+                picture.path, f"is a damaged picture ({first_line(error)[:200]})"
+            ) from error
     return pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
 
 
@@ -266,8 +268,3 @@ def _finish(image: Image.Image, picture: _Picture, mode: str, size: tuple[int, i
         result = Image.alpha_composite(white, result)
     result = result.convert(mode)
     return result if result.size == size else result.resize(size, Image.Resampling.BILINEAR)
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of an error, or its kind."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -15,17 +15,18 @@ import copy
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils import _pytree as pytree
 
-from ...errors import ConfigError, SurgeryError
+from ...errors import ConfigError, SurgeryError, first_line
 from ..comparing import Difference, compare_layouts
+from ..draws import gpus_of
+from ..examples import call, cloned, tensors_in
 
 __all__ = ["Layout", "check", "choose", "convert", "convert_back", "is_laid_out", "lay_out"]
 
@@ -118,7 +119,7 @@ def lay_out(model: nn.Module, wish: Any, example: Any, seconds: float) -> Layout
         return replace(layout, difference=compare_layouts(before, model, example))
     except SurgeryError as error:
         convert_back(model)
-        problem = _first_line(error.__cause__ or error)
+        problem = first_line(error.__cause__ or error)
         if wish == "auto":
             reason = f"{layout.chosen} does not fit the network: {problem}"
             return Layout(_other(layout.chosen), False, reason)
@@ -148,7 +149,7 @@ def choose(model: nn.Module, example: Any, seconds: float) -> Layout:
     try:
         found = _measured(model, example, seconds)
     except Exception as error:  # such as a view that channels_last does not allow
-        return Layout(now, False, f"it could not be measured: {_first_line(error)}")
+        return Layout(now, False, f"it could not be measured: {first_line(error)}")
     rounds = len(found[now])
     if rounds < LEAST_ROUNDS:
         reason = f"no time to measure {LEAST_ROUNDS} rounds in {seconds:g} s; give more seconds"
@@ -273,8 +274,7 @@ def _measured(model: nn.Module, example: Any, seconds: float) -> dict[str, list[
         convert(side, name)
         if not side.training:
             side.train()
-    tensors = [*model.parameters(), *model.buffers()]
-    devices = sorted({t.device.index for t in tensors if t.is_cuda and t.device.index is not None})
+    devices = gpus_of(model)
     found: dict[str, list[float]] = {name: [] for name in sides}
     end = time.perf_counter() + seconds
     with torch.random.fork_rng(devices), torch.enable_grad():
@@ -295,21 +295,13 @@ def _measured(model: nn.Module, example: Any, seconds: float) -> dict[str, list[
 def _step(model: nn.Module, example: Any, *, waits: bool) -> float:
     """The seconds of one step."""
     model.zero_grad(set_to_none=True)
-    given = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, example)
+    given = cloned(example)
     if waits:
         torch.cuda.synchronize()
     started = time.perf_counter()
-    if isinstance(given, Mapping):
-        result = model(**given)
-    else:
-        result = model(*given) if isinstance(given, tuple) else model(given)
-    outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and t.requires_grad]
+    outputs = [t for t in tensors_in(call(model, given)) if t.requires_grad]
     if outputs:
         torch.autograd.backward([t.mean() for t in outputs])
     if waits:
         torch.cuda.synchronize()
     return time.perf_counter() - started
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -20,6 +20,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ...errors import ConfigError, meant
 from ...recompute import recomputing
+from ..draws import gpus_of
+from ..examples import call
 
 __all__ = ["check", "install", "is_installed", "kept_bytes", "kept_on", "uninstall"]
 
@@ -98,16 +100,8 @@ def kept_on(model: nn.Module, example: Any) -> int:
     own = copy.deepcopy(model).train()
     if is_installed(model) and not is_installed(own):
         install(own)  # torch copies an fx.GraphModule without its hooks
-
-    def run() -> Any:
-        if isinstance(example, Mapping):
-            return own(**example)
-        return own(*example) if isinstance(example, tuple) else own(example)
-
-    tensors = (*own.parameters(), *own.buffers())
-    devices = sorted({t.device.index for t in tensors if t.is_cuda and t.device.index is not None})
-    with torch.random.fork_rng(devices), torch.enable_grad():
-        return kept_bytes(run, own)[1]
+    with torch.random.fork_rng(gpus_of(own)), torch.enable_grad():
+        return kept_bytes(lambda: call(own, example), own)[1]
 
 
 def _enter(module: nn.Module, _: Any) -> None:

@@ -9,18 +9,18 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from ...nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from ..fused import MODULES, Activation, activation_called, activation_of
+from ..graph import overwrites
 from .blocks import Blocks, has_hooks
 from .own_forward import is_sequential
 from .written import written_pairs
 
-__all__ = ["OURS", "Activation", "Match", "find", "find_written"]
+__all__ = ["OURS", "Match", "find", "find_written"]
 
 OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: BatchNorm1d,
@@ -29,27 +29,8 @@ OURS: dict[type[nn.Module], type[nn.Module]] = {
 }
 """Torch's classes and what takes their place."""
 
-Activation = str | tuple[str, float]
-
 _KNOWN_NORMS = (*OURS, *OURS.values())
-_MODULES: dict[type[nn.Module], str] = {
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.SiLU: "silu",
-    nn.LeakyReLU: "leaky_relu",
-}
-_FUNCTIONS: dict[Any, str] = {
-    torch.relu: "relu",
-    torch.relu_: "relu",
-    F.relu: "relu",
-    F.relu6: "relu6",
-    F.silu: "silu",
-    F.leaky_relu: "leaky_relu",
-    F.leaky_relu_: "leaky_relu",
-}
-_METHODS = {"relu": "relu", "relu_": "relu"}
 _SUMS = (operator.add, operator.iadd, torch.add)
-_IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior"}
 _FRESH = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear,
     nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
@@ -92,7 +73,7 @@ def find(blocks: Blocks) -> tuple[list[Match], dict[str, str]]:
     reasons: dict[str, str] = {}
     for block, graph in blocks.graphs.items():
         for act in graph.nodes:
-            activation = _activation(blocks, block, act)
+            activation = activation_called(act, blocks.called(block, act))
             value = _argument(act)
             if activation is None or value is None:
                 continue
@@ -122,7 +103,7 @@ def find_written(blocks: Blocks) -> Iterator[tuple[nn.Module, nn.Module, Activat
             act, norm = (block._modules.get(name) for name in names)
             if act is None or norm is None or type(norm) not in _KNOWN_NORMS:
                 continue
-            activation = _activation_of(act)
+            activation = activation_of(act)
             alone = all(
                 blocks.unsure.get(module) == [path]
                 and not blocks.calls_of(module)
@@ -138,29 +119,6 @@ def _argument(node: fx.Node) -> fx.Node | None:
     """The first input of a node if it is a value."""
     value = node.args[0] if node.args else node.kwargs.get("input")
     return value if isinstance(value, fx.Node) else None
-
-
-def _activation(blocks: Blocks, block: str, node: fx.Node) -> Activation | None:
-    """The activation that a node computes, if the norm can take it over."""
-    module = blocks.called(block, node)
-    if module is not None:
-        return _activation_of(module)
-    if node.op == "call_method":
-        return _METHODS.get(str(node.target))
-    if node.op != "call_function":
-        return None
-    name = _FUNCTIONS.get(node.target)
-    if name == "leaky_relu":
-        slope = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", 0.01)
-        return (name, float(slope)) if isinstance(slope, int | float) else None
-    return name
-
-
-def _activation_of(module: nn.Module) -> Activation | None:
-    name = _MODULES.get(type(module))
-    if name == "leaky_relu":
-        return name, float(getattr(module, "negative_slope", 0.01))
-    return name
 
 
 def _activation_problem(blocks: Blocks, block: str, act: fx.Node) -> str | None:
@@ -262,11 +220,9 @@ def _place_problem(
 def _overwrites(blocks: Blocks, block: str, node: fx.Node) -> bool:
     """True if a node may change its first input in place."""
     module = blocks.called(block, node)
-    if module is not None:
-        return not _leaves_input(module) and _changes_in_place(module)
-    name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
-    in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-    return in_place or bool(node.kwargs.get("inplace", False))
+    if module is None:
+        return overwrites(node)
+    return not _leaves_input(module) and _changes_in_place(module)
 
 
 def _changes_in_place(module: nn.Module) -> bool:
@@ -300,7 +256,7 @@ def _may_move(blocks: Blocks, block: str, call: fx.Node, found: _Found, add: fx.
 
 def _draws_nothing(module: nn.Module) -> bool:
     """True if a module and all in it are known to give the same at any time."""
-    known = (*_FRESH, *_MODULES, nn.Identity, nn.Flatten)
+    known = (*_FRESH, *MODULES, nn.Identity, nn.Flatten)
     return all(is_sequential(inner) or type(inner) in known for inner in module.modules())
 
 
@@ -313,6 +269,6 @@ def _leaves_input(module: nn.Module) -> bool:
             if type(inner) in _FRESH:
                 return True
         return True
-    if type(module) in _MODULES:
+    if type(module) in MODULES:
         return not getattr(module, "inplace", False)
     return type(module) in (*_FRESH, nn.Identity)

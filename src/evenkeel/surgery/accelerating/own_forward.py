@@ -23,6 +23,8 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
+from ...errors import first_line
+
 __all__ = ["has_forward", "is_sequential", "own_forward"]
 
 _KIND_TESTS = {"isinstance", "issubclass", "type", "hasattr", "callable", "id", "getattr"}
@@ -91,8 +93,7 @@ def own_forward(module: nn.Module) -> fx.Graph | str:
     try:
         graphs = [_traced(module.train(training), ran) for training in (True, False)]
     except Exception as error:
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return f"torch.fx cannot trace its forward: {text}"
+        return f"torch.fx cannot trace its forward: {first_line(error)}"
     finally:
         module.train(mode)
     if _random_state() != drawn:

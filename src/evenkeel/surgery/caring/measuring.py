@@ -32,6 +32,7 @@ from ...ops import dense
 from ...pattern import NormSpec, parse
 from ...view import View
 from ..batch_norms import titled
+from ..draws import gpus_of
 
 __all__ = ["Batches", "Meter", "by_batch", "call_order", "held", "merged", "moments_of", "only"]
 
@@ -335,11 +336,9 @@ def _is_compiled(module: nn.Module) -> bool:
 @contextmanager
 def _same_random_numbers(model: nn.Module) -> Iterator[None]:
     """Random numbers go on behind this as if nothing had been drawn."""
-    tensors = (*model.parameters(), *model.buffers())
-    gpus = sorted({t.device.index for t in tensors if t.is_cuda and t.device.index is not None})
     drawn, numbers = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(gpus):
+        with torch.random.fork_rng(gpus_of(model)):
             yield
     finally:
         random.setstate(drawn)

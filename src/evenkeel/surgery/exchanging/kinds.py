@@ -16,7 +16,7 @@ from ...nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Norm, PerActivationBatc
 from ..accelerating.blocks import Blocks
 from ..batch_norms import Where, batch_norms
 from ..freeze import is_frozen
-from ..graph import copied, is_activation
+from ..graph import ACTIVATIONS, POOLINGS, copied, is_activation
 
 __all__ = [
     "OURS",
@@ -51,18 +51,7 @@ _HARMLESS = {
     "__firstlineno__", "__static_attributes__", "__orig_bases__", "__dict__", "__weakref__",
     "_check_input_dim",
 }  # fmt: skip
-_KEEPS_RANK = (
-    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.ReLU, nn.ReLU6,
-    nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid,
-    nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Softplus, nn.Linear,
-)  # fmt: skip
-_POOLINGS = (
-    nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd,
-    nn.modules.pooling._LPPoolNd,
-)
+_KEEPS_RANK = (nn.Identity, nn.Linear, nn.modules.dropout._DropoutNd, _ANY, *ACTIVATIONS)
 
 
 def candidates(
@@ -304,7 +293,7 @@ def _rank_at(module: Any) -> int | None:
     """The rank of the batches that a layer takes and gives, where its class says it."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return 2 + len(module.kernel_size)
-    if isinstance(module, _POOLINGS):
+    if isinstance(module, POOLINGS):
         named = re.search(r"([123])d$", type(module).__name__)
         return 2 + int(named[1]) if named else None
     dims = _DIMS.get(base_of(kind_of(module))) if isinstance(module, _ANY) else None
@@ -323,4 +312,4 @@ def _flattens(node: fx.Node, module: Any) -> bool:
 
 
 def _keeps_rank(node: fx.Node, module: Any) -> bool:
-    return isinstance(module, (*_KEEPS_RANK, _ANY)) or (module is None and is_activation(node))
+    return isinstance(module, _KEEPS_RANK) or (module is None and is_activation(node))

@@ -19,12 +19,12 @@ from torch.utils import _pytree as pytree
 from ...errors import ShapeError, SurgeryError
 from ...kernels.contract import Activation
 from ...kernels.reference import activate
+from ..examples import arguments, call, tensors_in
 from ..graph import NORMS, is_norm
 
 __all__ = [
     "KEY",
     "Run",
-    "arguments",
     "batch_of",
     "call",
     "is_installed",
@@ -207,24 +207,6 @@ def _kinds(model: Any) -> set[str]:
         for value in node.attribute:
             waiting += [inner for graph in (value.g, *value.graphs) for inner in graph.node]
     return found
-
-
-def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """How a network is called with an input, a tuple of inputs or a dict of inputs by name."""
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    return (example if isinstance(example, tuple) else (example,)), {}
-
-
-def call(model: Any, example: Any) -> Any:
-    """What the network gives for the example."""
-    args, kwargs = arguments(example)
-    return model(*args, **kwargs)
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in nested tuples, lists and dicts."""
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def batch_of(example: Any) -> int:

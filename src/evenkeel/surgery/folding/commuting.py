@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ..graph import first_line, module_of, name_of
+from ...errors import first_line
+from ..graph import module_of, name_of
 from .maps import Map, squeezed
 from .operations import SIZED, kind_of
 from .values import evaluate, shape_seen

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from ...nn.folded import ScaleShift
+from ..fused import Activation, activation_called
 from ..graph import add_module, module_of
 from .expanding import is_map
+from .in_place import written_over
 from .maps import Map
-from .pushing import Move, written_over
+from .pushing import Move
 from .values import real_users, shape_seen
 
 __all__ = ["activation_behind", "settle"]
@@ -47,7 +47,9 @@ def settle(graph: fx.GraphModule, moves: list[Move], dtypes: dict[str, torch.dty
                 move.moor(old, [new])
 
 
-def _chain(node: fx.Node, shared: set[fx.Node]) -> tuple[list[fx.Node], fx.Node | None, Any]:
+def _chain(
+    node: fx.Node, shared: set[fx.Node]
+) -> tuple[list[fx.Node], fx.Node | None, Activation | None]:
     """The map's node and those behind it that one operation does, what is added, the activation."""
     chain = [node]
     if node.all_input_nodes[0] in shared:  # it would be computed later than it was
@@ -63,7 +65,7 @@ def _chain(node: fx.Node, shared: set[fx.Node]) -> tuple[list[fx.Node], fx.Node 
     return chain, residual, activation
 
 
-def _module(node: fx.Node, activation: Any) -> ScaleShift:
+def _module(node: fx.Node, activation: Activation | None) -> ScaleShift:
     like: Tensor = node.meta["like"]
     dtype = torch.promote_types(like.dtype, torch.float32)
     scale, shift, center = (t.to(like.device, dtype) for t in _parts(node))
@@ -114,30 +116,13 @@ def _residual(node: fx.Node) -> fx.Node | None:
     return others[0] if same else None
 
 
-_FUSED: dict[Any, str] = {
-    F.relu: "relu", F.relu_: "relu", torch.relu: "relu", torch.relu_: "relu",
-    F.relu6: "relu6", F.silu: "silu",
-}  # fmt: skip
-
-
-def activation_behind(node: fx.Node) -> Any:
+def activation_behind(node: fx.Node) -> Activation | None:
     """The activation that is the one user of the value, if the fused operation has it."""
     users = real_users(node)
     if len(users) != 1 or len(node.users) != 1:
         return None
     (user,) = users
     module = module_of(user)
-    if module is not None:
-        if module._forward_hooks or module._forward_pre_hooks:
-            return None
-        if type(module) is nn.LeakyReLU:
-            return ("leaky_relu", module.negative_slope)
-        return {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu"}.get(type(module))
-    if user.op == "call_method":
-        return {"relu": "relu", "relu_": "relu"}.get(str(user.target))
-    if user.op != "call_function":
+    if module is not None and (module._forward_hooks or module._forward_pre_hooks):
         return None
-    if user.target in (F.leaky_relu, F.leaky_relu_):
-        slope = user.kwargs.get("negative_slope", user.args[1] if len(user.args) > 1 else 0.01)
-        return ("leaky_relu", slope)
-    return _FUSED.get(user.target)
+    return activation_called(user, module)

@@ -17,8 +17,8 @@ from torch import Tensor, fx, nn
 from ...nn.folded import ScaleShift
 from ...nn.packed import PackedConv2d, pack_module, unpacked
 from ..graph import NORMS, add_module, module_of
+from .in_place import written_over
 from .leaving import activation_behind
-from .pushing import written_over
 
 __all__ = ["pack", "unpack"]
 

@@ -10,9 +10,11 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ...errors import SurgeryError
+from ..comparing import apart, magnitude
+from ..examples import cloned, tensors_in
 from .pushing import Move
 
-__all__ = ["cloned", "drawn_like", "largest_apart", "outputs", "per_norm"]
+__all__ = ["drawn_like", "largest_apart", "outputs", "per_norm"]
 
 
 class _Keeper(fx.Interpreter):
@@ -26,7 +28,7 @@ class _Keeper(fx.Interpreter):
         result = super().run_node(n)
         if n.name in self.wanted:
             # What is written over in place later was another value here.
-            self.kept[n.name] = pytree.tree_map_only(Tensor, Tensor.clone, result)
+            self.kept[n.name] = cloned(result)
         return result
 
 
@@ -47,8 +49,8 @@ def per_norm(
         new.run(*cloned(inputs))
         old = _Keeper(original, {name for _, name in pairs})
         old.run(*cloned(inputs))
-    apart = {(a, b): relative(*largest_apart(old.kept[b], new.kept[a])) for a, b in pairs}
-    return [max((apart[pair] for pair in place), default=0.0) for place in places]
+    found = {(a, b): relative(*largest_apart(old.kept[b], new.kept[a])) for a, b in pairs}
+    return [max((found[pair] for pair in place), default=0.0) for place in places]
 
 
 def _meetings(move: Move) -> set[tuple[str, str]]:
@@ -71,17 +73,11 @@ def outputs(network: Any, inputs: tuple[Any, ...]) -> list[Tensor]:
         SurgeryError: there are none, or they have no values.
     """
     with torch.no_grad():
-        given = pytree.tree_leaves(network(*cloned(inputs)))
-    found = [t for t in given if isinstance(t, Tensor) and t.is_floating_point()]
+        given = tensors_in(network(*cloned(inputs)))
+    found = [t for t in given if t.is_floating_point()]
     if not any(t.numel() for t in found):
         raise SurgeryError("the example gives no output to compare; give a batch of real inputs")
     return found
-
-
-def cloned(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Copies: some networks write over their inputs."""
-    copies: tuple[Any, ...] = pytree.tree_map_only(Tensor, Tensor.clone, inputs)
-    return copies
 
 
 def largest_apart(old: Any, new: Any) -> tuple[float, float]:
@@ -89,18 +85,15 @@ def largest_apart(old: Any, new: Any) -> tuple[float, float]:
 
     Where only one of two values is NaN or infinite, the difference is infinite.
     """
-    apart, scale = 0.0, 0.0
+    far, scale = 0.0, 0.0
     for a, b in zip(pytree.tree_leaves(old), pytree.tree_leaves(new), strict=True):
         if not isinstance(a, Tensor) or a.numel() == 0:
             continue
         if a.shape != b.shape:
             return float("inf"), scale
-        wide, other = a.cpu().double(), b.cpu().double()
-        same = (wide == other) | (wide.isnan() & other.isnan())
-        far = (wide - other).abs().nan_to_num(nan=float("inf"))
-        apart = max(apart, float(torch.where(same, 0.0, far).max()))
-        scale = max(scale, float(wide.abs().nan_to_num(0.0, 0.0, 0.0).max()))
-    return apart, scale
+        own = a.cpu()
+        far, scale = max(far, apart(own, b.cpu())), max(scale, magnitude(own))
+    return far, scale
 
 
 def relative(apart: float, scale: float) -> float:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import copy
-import operator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
-from ..graph import add_module, module_of, name_of
+from ..graph import module_of, name_of
 from .absorbing import absorb_before, absorb_behind, is_layer, why_not
 from .commuting import Stuck, backward, forward
 from .expanding import is_map
+from .in_place import called, check_writers, is_fresh, spare, written_over
 from .maps import Map
 from .operations import kind_of
 from .values import real_users
 
-__all__ = ["Move", "push", "written_over"]
+__all__ = ["Move", "push"]
 
 
 @dataclass
@@ -76,7 +75,7 @@ def push(graph: fx.GraphModule) -> tuple[list[Move], dict[str, str]]:
         for where, find, go in _DIRECTIONS:
             for node in [n for n in graph.graph.nodes if is_map(n)]:
                 try:
-                    _check_writers(node, shared)
+                    check_writers(node, shared)
                     way = find(node, shared)
                     _check_finite(graph, way)
                 except Stuck as reason:
@@ -94,7 +93,7 @@ def push(graph: fx.GraphModule) -> tuple[list[Move], dict[str, str]]:
 
 def _way_back(node: fx.Node, shared: set[fx.Node]) -> _Way:
     way = _Way(node)
-    if node in shared and not _is_fresh(node):
+    if node in shared and not is_fresh(node):
         raise Stuck("its output is written over in place while others use it")
     _pull(node.all_input_nodes[0], node.meta["map"], way, shared)
     return way
@@ -106,7 +105,7 @@ def _pull(value: fx.Node, map: Map, way: _Way, shared: set[fx.Node]) -> None:
         return
     users = real_users(value)
     if len(users) > 1:
-        names = sorted({_called(user) for user in users if user not in (way.origin, *way.passed)})
+        names = sorted({called(user) for user in users if user not in (way.origin, *way.passed)})
         raise Stuck(f"the output of '{name_of(value)}' is also used by {_others(names)}")
     if value in shared:
         raise Stuck(f"'{name_of(value)}' is written over in place while others use it")
@@ -177,7 +176,7 @@ def _way_forward(node: fx.Node, shared: set[fx.Node]) -> _Way:
 def _hand_on(value: fx.Node, map: Map, way: _Way, shared: set[fx.Node]) -> None:
     """Looks for a way to have the map done by everything that uses the value."""
     if value in shared:
-        raise Stuck(f"'{_called(value)}' is written over in place while others use it")
+        raise Stuck(f"'{called(value)}' is written over in place while others use it")
     for user in real_users(value):
         if is_layer(user):
             reason = why_not(user, map, behind=False)
@@ -251,114 +250,9 @@ def _remove(node: fx.Node, value: fx.Node, anchors: list[fx.Node], moves: list[M
     """Takes the map's node out; its users get the value before it."""
     for move in moves:
         move.moor(node, anchors)
-    if not _is_fresh(node):
-        for writer in _writers(node):
-            _out_of_place(writer)
+    spare(node)
     node.replace_all_uses_with(value)
     node.graph.erase_node(node)
-
-
-def _is_fresh(node: fx.Node) -> bool:
-    """True if a layer made the map's input for it alone: to write over it means what it meant."""
-    (value,) = node.all_input_nodes
-    return is_layer(value) and len(real_users(value)) == 1
-
-
-def _writers(node: fx.Node) -> list[fx.Node]:
-    """Those that write over the node's output in place, or over a view of it."""
-    family = [node]
-    for member in family:
-        family += [user for user in member.users if _may_view(user)]
-    return [
-        user
-        for member in family
-        for user in member.users
-        if _writes(user) and user.all_input_nodes[0] is member
-    ]
-
-
-def _check_writers(node: fx.Node, shared: set[fx.Node]) -> None:
-    """What is written over is the norm's own output; without the norm it is somebody else's."""
-    value = node.all_input_nodes[0]
-    if value in shared:
-        raise Stuck(f"'{_called(value)}' is written over in place while others use it")
-    for writer in () if _is_fresh(node) else _writers(node):
-        function = writer.op == "call_function" and not writer.kwargs.get("inplace")
-        if function and writer.target not in _OUT_OF_PLACE:
-            raise Stuck(f"'{name_of(writer)}' writes over its output in place")
-
-
-def _out_of_place(node: fx.Node) -> None:
-    module: Any = module_of(node)
-    if module is not None and getattr(module, "inplace", False):
-        own = copy.copy(module)  # the same module may be called elsewhere, where it must write
-        own.inplace = False
-        root: Any = node.graph.owning_module
-        node.target = add_module(root, node.name, own)
-    elif node.kwargs.get("inplace"):
-        node.kwargs = {**node.kwargs, "inplace": False}
-    elif node.op == "call_method" and _writes(node):
-        node.target = str(node.target)[:-1]
-    elif node.op == "call_function" and _writes(node):
-        node.target = _OUT_OF_PLACE[node.target]
-
-
-_OUT_OF_PLACE: dict[Any, Any] = {
-    torch.nn.functional.relu_: torch.nn.functional.relu,
-    torch.relu_: torch.relu,
-    torch.nn.functional.leaky_relu_: torch.nn.functional.leaky_relu,
-    operator.iadd: operator.add,
-    operator.imul: operator.mul,
-    operator.isub: operator.sub,
-    operator.itruediv: operator.truediv,
-}
-
-
-def written_over(graph: fx.GraphModule) -> set[fx.Node]:
-    """Values that are written over in place while they, or views of them, have other users."""
-    found: set[fx.Node] = set()
-    for node in graph.graph.nodes:
-        target = node.all_input_nodes[0] if _writes(node) and node.all_input_nodes else None
-        if target is None:
-            continue
-        root = target
-        while _may_view(root):
-            root = root.all_input_nodes[0]
-        family = [root]
-        for member in family:
-            family += [user for user in member.users if _may_view(user) and user is not node]
-        members = set(family)
-        users = {u for m in family for u in real_users(m)} - members - {node}
-        if users or node.target is operator.setitem or len(real_users(target)) > 1:
-            found |= members
-    return found
-
-
-def _may_view(node: fx.Node) -> bool:
-    return kind_of(node) in ("moved", "same") and bool(node.all_input_nodes)
-
-
-def _writes(node: fx.Node) -> bool:
-    """True if the node writes over its first input."""
-    if node.kwargs.get("inplace") or getattr(module_of(node), "inplace", False):
-        return True
-    if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") and not name.endswith("__")
-    if node.op != "call_function":
-        return False
-    name = getattr(node.target, "__name__", "")
-    in_place = name.startswith("i") and hasattr(operator, f"__{name}__")
-    return (
-        (name.endswith("_") and not name.endswith("__"))
-        or node.target in (operator.setitem,)
-        or (getattr(node.target, "__module__", "") == "_operator" and in_place)
-        or "out" in node.kwargs
-    )
-
-
-def _called(node: fx.Node) -> str:
-    return str(node.meta["norm"]) if is_map(node) else name_of(node)
 
 
 def _others(names: list[str]) -> str:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from ..examples import cloned, tensors_in
+
 __all__ = ["evaluate", "is_shape_only", "real_users", "record", "shape_seen"]
 
 _SHAPE_METHODS = {"size", "dim", "ndimension", "numel", "stride", "is_floating_point"}
@@ -26,7 +28,7 @@ class _Recorder(fx.Interpreter):
 def record(graph: fx.GraphModule, inputs: tuple[Any, ...]) -> Any:
     """Runs the inputs and notes at each node what it gave; returns what the network gives."""
     with torch.no_grad():
-        return _Recorder(graph).run(*pytree.tree_map_only(Tensor, Tensor.clone, inputs))
+        return _Recorder(graph).run(*cloned(inputs))
 
 
 def shape_seen(node: fx.Node) -> tuple[int, ...]:
@@ -62,7 +64,7 @@ def evaluate(node: fx.Node, source: fx.Node, value: Tensor) -> Any:
         if argument is source:
             return value
         seen = argument.meta["seen"]
-        if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(seen)):
+        if tensors_in(seen):
             raise ValueError(f"it also depends on '{argument.name}'")
         return seen
 

@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from ...errors import ConfigError, SurgeryError
 from ...kernels.contract import Moments
 from ...nn import Norm
 from ..caring.measuring import Batches, Meter, held, merged, moments_of
-from ..comparing import EXACT_BUDGET, WORSE, Difference
+from ..comparing import EXACT_BUDGET, WORSE, Difference, apart, magnitude
+from ..examples import call, cloned, tensors_in, widened
 from ..graph import copied
 
 __all__ = [
@@ -77,12 +77,12 @@ class Data:
     def __iter__(self) -> Iterator[Any]:
         self._times += 1
         if self._kept is not None and self._times > 1:
-            yield from map(_fresh, self._kept)
+            yield from map(cloned, self._kept)
             return
         for batch in self._loader:
             if self._kept is not None and len(self._kept) < _KEPT:
-                self._kept.append(_fresh(batch))
-            yield _fresh(batch)
+                self._kept.append(cloned(batch))
+            yield cloned(batch)
 
 
 class Measured(NamedTuple):
@@ -250,8 +250,8 @@ def prove(
     worst, exact = Proof(Difference(0.0, 0.0, "nothing"), BUDGET, None), 0.0
     in_double = cache(partial(_in_double, original, changed, values))
     with held(original, []), held(changed, []):
-        for case, batch, call in _cases(example, data, forward):
-            before, after = (_outputs(model, batch, call, case) for model in (original, changed))
+        for case, batch, run in _cases(example, data, forward):
+            before, after = (_outputs(model, batch, run, case) for model in (original, changed))
             difference = _largest(before, after, case)
             is_double = all(t.dtype == torch.float64 for t in before)
             budget = EXACT_BUDGET if is_double else BUDGET
@@ -259,7 +259,7 @@ def prove(
                 worst = Proof(difference, budget, worst.exact)
             if difference.relative <= budget:
                 continue
-            wide = None if is_double else _doubled(in_double(), batch, call)
+            wide = None if is_double else _doubled(in_double(), batch, run)
             if wide is None or not _is_rounding(*wide, before, after):
                 raise SurgeryError(
                     f"the norms would change what the network computes by {difference}, where "
@@ -272,40 +272,30 @@ def prove(
     return worst
 
 
-_Call = Callable[[nn.Module, Any], None]
+_Run = Callable[[nn.Module, Any], None]
 
 
-def _cases(example: Any, data: Iterable[Any], forward: Forward) -> Iterator[tuple[str, Any, _Call]]:
+def _cases(example: Any, data: Iterable[Any], forward: Forward) -> Iterator[tuple[str, Any, _Run]]:
     """The example and each batch: what to call it, itself, and how to run a network on it."""
 
-    def call(model: nn.Module, batch: Any) -> None:
+    def run(model: nn.Module, batch: Any) -> None:
         for _ in Batches(model, [batch], forward, None).run():
             pass
 
-    yield "the example", example, _call_example
+    yield "the example", example, call
     for number, batch in enumerate(data, start=1):
-        yield f"batch {number}", batch, call
+        yield f"batch {number}", batch, run
 
 
-def _call_example(model: nn.Module, example: Any) -> None:
-    if isinstance(example, Mapping):
-        model(**example)
-    elif isinstance(example, tuple):
-        model(*example)
-    else:
-        model(example)
-
-
-def _outputs(model: nn.Module, batch: Any, call: _Call, case: str) -> list[Tensor]:
+def _outputs(model: nn.Module, batch: Any, run: _Run, case: str) -> list[Tensor]:
     """All floating tensors that the network gives, whatever is then made of them."""
     found: list[Any] = []
     handle = model.register_forward_hook(lambda _, args, result: found.append(result))
     try:
-        call(model, _fresh(batch))
+        run(model, cloned(batch))
     finally:
         handle.remove()
-    leaves = [t for t in pytree.tree_leaves(found) if isinstance(t, Tensor)]
-    floating = [t for t in leaves if t.is_floating_point() and t.numel() > 0]
+    floating = [t for t in tensors_in(found) if t.is_floating_point() and t.numel() > 0]
     if not floating:
         raise SurgeryError(
             f"the network gives no floating tensor to compare for {case}; give real inputs, and a "
@@ -324,14 +314,12 @@ def _in_double(
 
 
 def _doubled(
-    networks: tuple[nn.Module, nn.Module], batch: Any, call: _Call
+    networks: tuple[nn.Module, nn.Module], batch: Any, run: _Run
 ) -> tuple[list[Tensor], list[Tensor]] | None:
     """The outputs of both networks in float64, or None if one insists on less."""
-    wide = pytree.tree_map(
-        lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, batch
-    )
+    wide = widened(batch)
     try:
-        first, second = (_outputs(model, wide, call, "double precision") for model in networks)
+        first, second = (_outputs(model, wide, run, "double precision") for model in networks)
     except RuntimeError:  # something in it insists on single precision
         return None
     return first, second
@@ -351,15 +339,8 @@ def _largest(before: list[Tensor], after: list[Tensor], case: str) -> Difference
     """The largest relative difference of an output."""
     if [t.shape for t in before] != [t.shape for t in after]:
         return Difference(float("inf"), 0.0, f"the shapes of outputs for {case}")
-    found = []
-    for place, (one, two) in enumerate(zip(before, after, strict=True)):
-        a, b = one.double(), two.double()
-        same = (a == b) | (a.isnan() & b.isnan())
-        apart = torch.where(same, 0.0, (a - b).abs().nan_to_num(nan=float("inf")))
-        scale = float(a.abs().nan_to_num(posinf=0.0).max())
-        found.append(Difference(float(apart.max()), scale, f"output {place} for {case}"))
+    found = [
+        Difference(apart(a, b), magnitude(a), f"output {place} for {case}")
+        for place, (a, b) in enumerate(zip(before, after, strict=True))
+    ]
     return max(found, key=lambda d: d.relative)
-
-
-def _fresh(batch: Any) -> Any:
-    return pytree.tree_map_only(Tensor, Tensor.clone, batch)

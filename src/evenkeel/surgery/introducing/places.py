@@ -6,8 +6,6 @@ anchor: the layer, activation or pooling that the norm goes behind, or before.
 
 from __future__ import annotations
 
-import inspect
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +19,7 @@ from ..graph import (
     is_pooling,
     module_of,
     name_of,
+    overwrites,
     rank_expected,
     shape_of,
 )
@@ -44,8 +43,6 @@ PLACEMENTS = {
     "after-addition": "on the input of each activation, so on the sum in a residual block",
 }
 LAYER_KINDS = ("all", "conv", "dense")
-
-_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow}
 
 Where = str | Sequence[str] | Callable[[str, nn.Module | None], bool] | None
 """Some places: the name of a module or a node, or of a module that holds them, several of these, or
@@ -168,7 +165,7 @@ def hand_over(place: Place, path: str) -> fx.Node:
     graph, users = place.value.graph, place.users or ()
     value = _input(users[0]) if users else place.value
     order = {node: number for number, node in enumerate(graph.nodes)}
-    later = [(user, _later_readers(value, user, order)) for user in users if _overwrites(user)]
+    later = [(user, _later_readers(value, user, order)) for user in users if overwrites(user)]
     readers = users or tuple(value.users)
     # A user's place is just before it, for the value may be written over until then.
     point = graph.inserting_before(min(users, key=order.__getitem__)) if users else None
@@ -201,24 +198,7 @@ def _later_readers(
 
 def _hands_on(node: fx.Node) -> bool:
     """True if the node's output is the tensor that goes into it first."""
-    return isinstance(module_of(node), nn.Identity) or _overwrites(node)
-
-
-def _overwrites(node: fx.Node) -> bool:
-    """True if the node works in place: ``nn.ReLU(inplace=True)``, ``F.relu_(x)``, ``x += y``."""
-    module, target = module_of(node), node.target
-    if module is not None:
-        return getattr(module, "inplace", False) is True
-    if node.op not in ("call_function", "call_method"):
-        return False
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    if target in _IN_PLACE or (name.endswith("_") and not name.endswith("__")):
-        return True
-    try:
-        given = inspect.signature(target).bind(*node.args, **node.kwargs).arguments  # type: ignore[arg-type]
-    except (TypeError, ValueError):  # a method or a builtin, which have no such argument
-        return False
-    return given.get("inplace", False) is True
+    return isinstance(module_of(node), nn.Identity) or overwrites(node)
 
 
 def _check_choices(placement: str, layers: str, every: int) -> None:
