@@ -22,6 +22,8 @@ from evenkeel.bench.timing import Measure, Ratio
 from evenkeel.errors import ConfigError, SurgeryError
 from evenkeel.surgery import fold as surgery
 
+from .rounds import time_once
+
 BOTH = ("nchw", "channels_last")
 TINY = Plan("vgg", 32, 0.125, 2, ("nchw",))
 NORMS = {
@@ -112,6 +114,10 @@ class Twice(nn.Module):
 
 
 class TestSides:
+    @pytest.fixture(autouse=True)
+    def _once(self, monkeypatch):
+        time_once(monkeypatch)
+
     @pytest.mark.parametrize("name", ARCHITECTURES)
     def test_all_compute_the_same(self, name):
         (row,) = measured(Plan(name, 32, 0.125, 1, ("nchw",)))

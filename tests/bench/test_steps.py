@@ -14,6 +14,8 @@ from evenkeel.bench import memory, steps
 from evenkeel.bench.steps import Plan, Step, plans
 from evenkeel.errors import ConfigError
 
+from .rounds import time_once
+
 BOTH = ("nchw", "channels_last")
 TINY = Plan("resnet18", 32, 0.125, 2, BOTH, "float32")
 
@@ -47,6 +49,10 @@ class TestPlans:
 
 
 class TestSteps:
+    @pytest.fixture(autouse=True)
+    def _once(self, monkeypatch):
+        time_once(monkeypatch)
+
     def test_a_step_trains(self):
         sides = steps.sides_of(TINY, "nchw", False)
         step = sides["eager"]()

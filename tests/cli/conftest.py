@@ -16,7 +16,7 @@ def start(tmp_path) -> Callable[..., subprocess.Popen[str]]:
     """Starts a command as a program of its own, in the same folder."""
     running: list[subprocess.Popen[str]] = []
 
-    def run(*words: str | Path, before: Callable[[], None] | None = None) -> subprocess.Popen[str]:
+    def run(*words: str | Path) -> subprocess.Popen[str]:
         program = "from evenkeel.cli import main; main()"
         argv: Sequence[str] = [sys.executable, "-u", "-c", program, *map(str, words)]
         running.append(
@@ -27,7 +27,6 @@ def start(tmp_path) -> Callable[..., subprocess.Popen[str]]:
                 stderr=subprocess.PIPE,
                 text=True,
                 env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"},
-                preexec_fn=before,
             )
         )
         return running[-1]

@@ -13,6 +13,8 @@ from evenkeel.bench import ops, shapes, steps
 from evenkeel.bench.results import OURS, Results
 from evenkeel.bench.shapes import Place
 
+from ..bench.rounds import time_once
+
 
 def flat(text: str) -> str:
     return " ".join(text.split())
@@ -20,7 +22,8 @@ def flat(text: str) -> str:
 
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch):
-    """The allocator and the threads are as before each test, and after it."""
+    """The allocator and the threads are as before each test, and after it; sides run once."""
+    time_once(monkeypatch)
     for key in allocator.variables(os.environ):
         monkeypatch.delenv(key)
     monkeypatch.delenv(allocator.SWITCH, raising=False)
@@ -181,6 +184,7 @@ class TestAllocator:
         (("steps", "--net", "lenet"), "unknown network 'lenet'"),
         (("memory", "--allocator", "jemalloc"), "unknown allocator 'jemalloc'; choose keep or"),
         (("ops", "--out", "nowhere/f.json"), "there is no folder nowhere; make it first"),
+        (("fold", "--out", "."), "--out . is a folder; name a file in it"),
     ],
 )
 def test_mistakes(command, words, text):

@@ -182,6 +182,7 @@ def test_a_network_of_evenkeel_train(command, tmp_path):
         (("checkednets:odd", "--ignore", "EK1"), "unknown code 'EK1'"),
         (("checkednets:odd", "--weights", "none.pt"), "no such file"),
         (("checkednets:odd", "--fix"), "give --input or --data"),
+        (("checkednets:odd", "--fix", "--out", "."), "--out . is a folder; name a file in it"),
         (("checkednets:odd", "--data-dir", "x"), "belong to --data"),
         (("checkednets:odd", "--data", "digits", "--input", "1,3,9,9"), "--input has samples of"),
         (("checkednets.py", "--input", "1,3,9,9"), "leave out --input"),

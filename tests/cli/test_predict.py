@@ -184,3 +184,16 @@ class TestMistakes:
         assert (code, out) == (2, "")
         assert message in flat(err)
         assert "Traceback" not in err
+
+    def test_weights_of_a_folded_network(self, command, trained, digits):
+        assert command("fold", trained, "-o", "folded.safetensors")[0] == 0
+        for words in (
+            ("predict", "folded.safetensors", "plain.png"),
+            ("evaluate", "folded.safetensors"),
+        ):
+            code, out, err = command(*words)
+            assert (code, out) == (2, "")
+            assert "folded.safetensors: holds weights alone, as 'evenkeel fold' and" in flat(err)
+            assert "load them: folded.load_state_dict(safetensors.torch.load_file(path))" in flat(
+                err
+            )

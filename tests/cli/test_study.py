@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from evenkeel.study.data import load
+from evenkeel.study.pool import Pool
 from evenkeel.study.presets import PRESETS
+from evenkeel.study.trial import run_trial
+
+from ..study.helpers import CPU
 
 SMALL = """
 seeds = 2
@@ -44,8 +49,19 @@ def config(tmp_path):
     return str(path)
 
 
+@pytest.fixture
+def in_process(monkeypatch):
+    """Trials run here and not in workers, which tests/study/test_run.py looks at."""
+
+    def run(pool, jobs):
+        for arm, seed in jobs:
+            yield run_trial(pool._plan, arm, seed, load("digits"), CPU)
+
+    monkeypatch.setattr(Pool, "run", run)
+
+
 class TestStudy:
-    def test_from_a_file_to_a_page_and_back(self, evenkeel, config):
+    def test_from_a_file_to_a_page_and_back(self, evenkeel, config, in_process):
         code, out, err = evenkeel("study", "--config", config, "--workers", "2")
         assert (code, err) == (0, "")
         assert "2 arms x 2 seeds = 4 trials" in flat(out)
@@ -141,9 +157,10 @@ class TestMistakes:
             (["--resume", "--preset", "quick"], "--resume goes on with a run as it was"),
             (["--device", "tpu"], "unknown device 'tpu'; choose auto, cpu or cuda"),
             (["--device", "cuda"], "device 'cuda' was asked for but torch"),
-            (["--out", "/dev/null/x"], "cannot be made"),
+            (["--out", "/dev/null/x", "--config", "small.toml"], "cannot be made"),
         ],
     )
+    @pytest.mark.usefixtures("config")
     def test_each_is_one_line_and_exit_code_2(self, evenkeel, words, message, monkeypatch):
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
         code, out, err = evenkeel("study", "--workers", "1", *words)
@@ -160,15 +177,15 @@ class TestMistakes:
         assert code == 2
         assert "arm 'normed': axis 'x' on the right of 'n c h w -> x'" in flat(err)
 
-    def test_a_corrupted_run(self, evenkeel, tmp_path):
+    def test_a_corrupted_run(self, evenkeel, config, tmp_path):
         (tmp_path / "study.sqlite").write_bytes(b"\x00garbage" * 999)
-        for words in (["report", "."], ["study", "--out", ".", "--steps", "2", "--seeds", "1"]):
+        for words in (["report", "."], ["study", "--out", ".", "--config", config]):
             code, _, err = evenkeel(*words)
             assert code == 2
             assert "study.sqlite is damaged" in flat(err)
             assert "nothing was changed" in flat(err)
 
-    def test_a_full_disk_under_the_page(self, evenkeel, config, monkeypatch):
+    def test_a_full_disk_under_the_page(self, evenkeel, config, in_process, monkeypatch):
         assert evenkeel("study", "--config", config, "--workers", "1")[0] == 0
         page = Path("runs/small-digits/report.html")
         before = page.read_text()

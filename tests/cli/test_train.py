@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
-import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,21 @@ def net(shape, classes):
 
 def flat(text: str) -> str:
     return " ".join(text.split())
+
+
+@contextmanager
+def stopped(monkeypatch):
+    """Ctrl-C arrives in the sixth step."""
+
+    def some(fit, run=Fit.run):
+        for number, event in enumerate(run(fit)):
+            if number == 5:
+                signal.raise_signal(signal.SIGINT)
+            yield event
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Fit, "run", some)
+        yield
 
 
 class TestTrain:
@@ -94,18 +110,14 @@ class TestTrain:
 
     @pytest.mark.slow
     @pytest.mark.skipif(not MNIST.is_dir(), reason=f"no MNIST in {MNIST}; set EVENKEEL_MNIST")
-    def test_mnist_with_the_defaults_begins_well(self, start, tmp_path):
+    def test_mnist_with_the_defaults_begins_well(self, command, monkeypatch):
         """A few steps only; all four epochs reach 99.3 to 99.5 % and take minutes."""
-        words = ("train", "--data", "mnist", "--data-dir", MNIST)
-        process = start(*words)
-        lines = iter(process.stdout.readline, "")
-        assert "4 epochs of 937 steps = 3,748 steps" in next(x for x in lines if "steps;" in x)
-        while not (tmp_path / STATE).exists():
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
-        state = read_state(tmp_path / STATE)
-        assert state.done >= 1
+        with stopped(monkeypatch):
+            code, out, _ = command("train", "--data", "mnist", "--data-dir", MNIST)
+        assert code == 130
+        assert "4 epochs of 937 steps = 3,748 steps" in flat(out)
+        state = read_state(STATE)
+        assert state.done == 6
         assert state.card.shape == (1, 28, 28)
         assert state.card.shift == pytest.approx([0.1307], abs=1e-4)
         assert state.loss_sum / state.done < 3.5
@@ -135,16 +147,15 @@ class TestStop:
                 return process
         raise AssertionError(process.communicate()[1])
 
-    def finish(self, start, tmp_path, whole) -> str:
-        """Goes on to the end, and compares with a training that was never stopped."""
-        process = start("train", "--resume")
-        out, err = process.communicate(timeout=120)
-        assert (process.returncode, err) == (0, "")
-        assert (tmp_path / MODEL).read_bytes() == whole
-        assert not (tmp_path / STATE).exists()
+    def finish(self, command, whole) -> str:
+        """Goes on to the end in another process, and compares with one that was never stopped."""
+        code, out, err = command("train", "--resume")
+        assert (code, err) == (0, "")
+        assert MODEL.read_bytes() == whole
+        assert not STATE.exists()
         return out
 
-    def test_ctrl_c_keeps_everything(self, start, tmp_path, whole):
+    def test_ctrl_c_keeps_everything(self, start, command, tmp_path, whole):
         process = self.begin(start, 2)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
@@ -154,30 +165,29 @@ class TestStop:
         done = read_state(tmp_path / STATE).done
         assert f"Stopped behind step {done:,} of 504" in out
         assert not (tmp_path / MODEL).exists()
-        out = self.finish(start, tmp_path, whole)
+        out = self.finish(command, whole)
         assert f"504 steps, {done:,} of them done" in out
 
-    def test_kill_9_keeps_the_finished_epochs(self, start, tmp_path, whole):
+    def test_kill_9_keeps_the_finished_epochs(self, start, command, tmp_path, whole):
         process = self.begin(start, 3)
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
         assert len(read_state(tmp_path / STATE).card.history) >= 2
-        self.finish(start, tmp_path, whole)
+        self.finish(command, whole)
 
-    def test_a_full_disk_at_the_beginning(self, start, tmp_path):
-        def little_room():
-            import resource
-
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-        process = start(*WORDS, before=little_room)
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == 2
+    def test_a_full_disk_at_the_beginning(self, command):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        try:
+            code, out, err = command(*WORDS)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert code == 2
         assert "epoch 1" not in out  # told at once, not behind an epoch's work
         assert "model.state.safetensors cannot be written (File too large)" in flat(err)
         assert "Traceback" not in err
-        assert os.listdir(tmp_path) == []
+        assert os.listdir() == []
 
     def test_a_full_disk_at_the_end_loses_nothing(self, command, monkeypatch, tmp_path):
         write = container.write
@@ -202,17 +212,8 @@ class TestStop:
 class TestResume:
     def stop_early(self, command, monkeypatch, *words):
         """A training that was stopped in its first epoch."""
-        run = Fit.run
-
-        def some(fit):
-            for number, event in enumerate(run(fit)):
-                if number == 5:
-                    signal.raise_signal(signal.SIGINT)
-                yield event
-
-        monkeypatch.setattr(Fit, "run", some)
-        code, out, err = command("train", "--epochs", "2", *words)
-        monkeypatch.setattr(Fit, "run", run)
+        with stopped(monkeypatch):
+            code, out, err = command("train", "--epochs", "2", *words)
         assert (code, "Stopped behind step 6" in out) == (130, True), err
         return out
 

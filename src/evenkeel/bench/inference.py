@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from . import architectures
+from .checked import Checked, checked, rows_of
 from .ops import LAYOUTS
-from .results import OURS, Row, reason_of, row_of, wrong
+from .results import OURS, Row
 from .steps import COMPILING
-from .timing import interleaved
 
 __all__ = ["BATCHES", "Plan", "Side", "estimate", "plans", "run", "sides_of"]
 
@@ -141,59 +141,27 @@ def run(chosen: Sequence[Plan], *, seconds: float, compiles: bool) -> Iterator[R
         compiles: True to run torch.compile too.
     """
     for plan in chosen:
-        yield from _measured(plan, seconds, compiles)
+        found = {layout: _checked(plan, layout, compiles) for layout in plan.layouts}
+        yield from rows_of(plan.name, "float32", found, seconds=seconds)
         if compiles:
             torch._dynamo.reset()
 
 
-def _measured(plan: Plan, seconds: float, compiles: bool) -> Iterator[Row]:
-    checked = {layout: _checked(plan, layout, compiles) for layout in plan.layouts}
-    timed = {
-        f"{layout} {name}": side
-        for layout, found in checked.items()
-        for name, side in found.sides.items()
-    }
-    samples = interleaved(timed, seconds=seconds) if timed else {}
-    for layout, found in checked.items():
-        own = {name: samples[f"{layout} {name}"] for name in found.sides}
-        row = row_of(
-            plan.name, layout, "float32", own, absent=found.absent, difference=found.difference
-        )
-        yield replace(row, left=found.left)
-
-
-@dataclass
-class _Checked:
-    """The sides that run and compute what eval does, why others do not, how far we are off."""
-
-    sides: dict[str, Side]
-    absent: dict[str, str]
-    left: dict[str, int]
-    difference: float | None
-
-
-def _checked(plan: Plan, layout: str, compiles: bool) -> _Checked:
+def _checked(plan: Plan, layout: str, compiles: bool) -> Checked:
     """Compares on images that no side has seen while it was made."""
-    found = _Checked({}, {}, {}, None)
     truth: Tensor | None = None
-    for name, builder in sides_of(plan, layout, compiles).items():
-        try:
-            side = builder()
-            output = side()
-            truth = output if name == "eval" else truth
-            off = _distance(output, truth)
-        except Exception as error:  # whatever one side fails with, the others go on
-            found.absent[name] = reason_of(error)
-            continue
-        if name == OURS:
-            found.difference = off
+    left: dict[str, int] = {}
+
+    def off(name: str, side: Side) -> float:
+        nonlocal truth
+        output = side()
+        truth = output if name == "eval" else truth
+        far = _distance(output, truth)
         if side.left is not None:
-            found.left[name] = side.left
-        if off <= ALLOWED:
-            found.sides[name] = side
-        else:  # an output that is not a number ends here too
-            found.absent[name] = wrong(off, ALLOWED)
-    return found
+            left[name] = side.left
+        return far
+
+    return replace(checked(sides_of(plan, layout, compiles), off, ALLOWED), left=left)
 
 
 def _distance(output: Tensor, truth: Tensor | None) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..functional import batch_norm
-from .results import OURS, Row, reason_of, row_of, wrong
+from .checked import Checked, checked
+from .results import OURS, Row, row_of
 from .shapes import SIMPLE_TAILS, TAILS, Place, distinct
 from .timing import Measure, interleaved
 
@@ -104,13 +106,13 @@ def cases(
     return [case for case in every if case.bytes <= LARGEST], list(dict.fromkeys(left_out))
 
 
-def estimate(chosen: Sequence[Case], seconds: float, compiled: bool) -> float:
+def estimate(chosen: Sequence[Case], seconds: float, compiles: bool) -> float:
     """About how many seconds the cases take; a guess from two cores of a server."""
     total = 0.0
     for case in chosen:
-        once = (3 if compiled else 2) * 0.4e-9 * case.bytes  # all sides
+        once = (3 if compiles else 2) * 0.4e-9 * case.bytes  # all sides
         inputs = 6e-9 * case.bytes
-        total += max(seconds, 7 * once) + 6 * once + inputs + 0.3 + 5.0 * compiled
+        total += max(seconds, 7 * once) + 6 * once + inputs + 0.3 + 5.0 * compiles
     return total
 
 
@@ -236,47 +238,30 @@ def run(chosen: Sequence[Case], *, seconds: float, compiles: bool) -> Iterator[R
 
 def _measured(case: Case, seconds: float, compiles: bool) -> Row:
     given = inputs_of(case)
-    sides, absent, difference = _checked(case, given, compiles)
-    samples = interleaved({"copy": copy(given), **sides}, seconds=seconds)
+    found = _checked(case, given, compiles)
+    samples = interleaved({"copy": copy(given), **found.sides}, seconds=seconds)
     row = row_of(
-        case.name,
-        case.layout,
-        case.dtype,
-        samples,
-        counts=case.counts,
-        absent=absent,
-        difference=difference,
-    )
+        case.name, case.layout, case.dtype, samples,
+        counts=case.counts, absent=found.absent, difference=found.difference,
+    )  # fmt: skip
     bandwidth = 2 * case.bytes / row.sides["copy"].median
     floor = floor_bytes(case) / bandwidth
     return replace(row, sides={**row.sides, "floor": Measure(floor, floor, floor)})
 
 
-def _checked(
-    case: Case, given: Inputs, compiles: bool
-) -> tuple[dict[str, Side], dict[str, str], float | None]:
-    """The sides that run and agree with eager, why the others do not, and how far we are off."""
+def _checked(case: Case, given: Inputs, compiles: bool) -> Checked:
+    """Compares output and gradients with eager's."""
     builders = {"eager": eager, OURS: ours} | ({"compile": compiled} if compiles else {})
-    sides: dict[str, Side] = {}
-    absent: dict[str, str] = {}
-    difference = None
     truth: tuple[Tensor, ...] | None = None
-    for name, builder in builders.items():
-        try:
-            side = builder(given, case.place.tail)
-            found = side()
-        except Exception as error:  # whatever one side fails with, the others go on
-            absent[name] = reason_of(error)
-            continue
+
+    def off(name: str, side: Side) -> float:
+        nonlocal truth
+        found = side()
         truth = truth or found
-        off = _distance(found, truth)
-        if name == OURS:
-            difference = off
-        if off <= ALLOWED[case.dtype]:
-            sides[name] = side
-        else:
-            absent[name] = wrong(off, ALLOWED[case.dtype])
-    return sides, absent, difference
+        return _distance(found, truth)
+
+    sides = {name: partial(build, given, case.place.tail) for name, build in builders.items()}
+    return checked(sides, off, ALLOWED[case.dtype])
 
 
 def _distance(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:

@@ -159,14 +159,16 @@ def row_of(
     counts: Mapping[str, int] | None = None,
     absent: Mapping[str, str] | None = None,
     difference: float | None = None,
+    left: Mapping[str, int] | None = None,
 ) -> Row:
     """A row from the samples of its sides, which were taken in the same rounds."""
     ours = samples.get(OURS)
     ratios = {} if ours is None else {p: ours.over(samples[p]) for p in PEERS if p in samples}
     measures = {side: taken.measure for side, taken in samples.items()}
     return Row(
-        name, layout, dtype, measures, ratios, dict(counts or {}), dict(absent or {}), difference
-    )
+        name, layout, dtype, measures, ratios,
+        dict(counts or {}), dict(absent or {}), difference, dict(left or {}),
+    )  # fmt: skip
 
 
 def reason_of(error: Exception) -> str:

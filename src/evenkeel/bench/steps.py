@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import nets
+from .checked import Checked, checked, rows_of
 from .ops import DTYPES, LAYOUTS
-from .results import LOW, OURS, PEERS, Row, reason_of, row_of, wrong
-from .timing import Samples, interleaved
+from .results import LOW, OURS, PEERS, Row
 
 __all__ = ["COMPILING", "Plan", "Step", "estimate", "plans", "run", "sides_of"]
 
@@ -160,60 +160,25 @@ def run(
         low: True to run ours with low memory too.
     """
     for plan in chosen:
-        yield from _measured(plan, seconds, compiles, low)
+        found = {layout: _checked(plan, layout, compiles, low) for layout in plan.layouts}
+        yield from rows_of(plan.name, plan.dtype, found, seconds=seconds)
         if compiles:
             torch._dynamo.reset()
 
 
-def _measured(plan: Plan, seconds: float, compiles: bool, low: bool) -> Iterator[Row]:
-    running: dict[tuple[str, str], Step] = {}
-    absent: dict[str, dict[str, str]] = {}
-    differences: dict[str, float | None] = {}
-    for layout in plan.layouts:
-        found, absent[layout], differences[layout] = _checked(plan, layout, compiles, low)
-        running |= {(layout, name): step for name, step in found.items()}
-    keys = {f"{layout} {name}": (layout, name) for layout, name in running}
-    samples = interleaved({text: running[key] for text, key in keys.items()}, seconds=seconds)
-    for layout in plan.layouts:
-        own: dict[str, Samples] = {
-            name: samples[text] for text, (where, name) in keys.items() if where == layout
-        }
-        yield row_of(
-            plan.name,
-            layout,
-            plan.dtype,
-            own,
-            absent=absent[layout],
-            difference=differences[layout],
-        )
-
-
-def _checked(
-    plan: Plan, layout: str, compiles: bool, low: bool
-) -> tuple[dict[str, Step], dict[str, str], float | None]:
-    """The sides that run and learn what eager learns, why others do not, how far we are off."""
-    sides: dict[str, Step] = {}
-    absent: dict[str, str] = {}
-    difference = None
+def _checked(plan: Plan, layout: str, compiles: bool, low: bool) -> Checked:
+    """Compares what each side has learned with what eager has."""
     truth: float | None = None
-    for name, builder in sides_of(plan, layout, compiles, low).items():
-        try:
-            side = builder()
-            loss = [float(side()) for _ in range(STEPS_COMPARED)][-1]
-        except Exception as error:  # whatever one side fails with, the others go on
-            absent[name] = reason_of(error)
-            continue
-        off = 0.0
-        if name in (OURS, LOW, *PEERS):
-            truth = loss if truth is None else truth
-            off = abs(loss - truth) / max(abs(truth), 1e-30)
-        if name == OURS:
-            difference = off
-        if off <= ALLOWED[plan.dtype]:
-            sides[name] = side
-        else:  # a loss that is not a number ends here too
-            absent[name] = wrong(off, ALLOWED[plan.dtype])
-    return sides, absent, difference
+
+    def off(name: str, side: Step) -> float:
+        nonlocal truth
+        loss = [float(side()) for _ in range(STEPS_COMPARED)][-1]
+        if name not in (OURS, LOW, *PEERS):
+            return 0.0
+        truth = loss if truth is None else truth
+        return abs(loss - truth) / max(abs(truth), 1e-30)
+
+    return checked(sides_of(plan, layout, compiles, low), off, ALLOWED[plan.dtype])
 
 
 def _accelerated(model: nn.Module, example: Tensor, memory: str) -> nn.Module:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .. import allocator
 from ..errors import ConfigError, meant
-from .console import console, duration, write_atomically
+from .console import check_place, console, duration, write_atomically
 
 if TYPE_CHECKING:
     from ..bench.results import Results, Row
@@ -26,6 +25,9 @@ bench = typer.Typer(
 )
 
 Quick = Annotated[bool, typer.Option("--quick", help="A few small cases, without torch.compile.")]
+Net = Annotated[
+    str, typer.Option(help="vgg, resnet18, mobilenetv2, densenet, efficientnet or all.")
+]
 Batch = Annotated[int, typer.Option(help="Images in a batch.", min=2)]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or both.")]
 Layout = Annotated[str, typer.Option(help="nchw, channels_last or both.")]
@@ -45,20 +47,6 @@ Allocator = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show what would run and about how long, run nothing.")
 ]
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A benchmark that can be announced and run."""
-
-    what: str
-    unit: str
-    settings: dict[str, Any]
-    notes: list[str]
-    left_out: list[str]
-    rows: int
-    estimate: float
-    run: Callable[[], Iterable[Row]]
 
 
 @bench.command()
@@ -86,37 +74,26 @@ def ops(
 ) -> None:
     """Forward and backward of every batch norm of four networks at 224x224."""
     settings = dict(locals())
-    _prepare(settings)
-    from ..bench.ops import DTYPES, LAYOUTS, cases, estimate, run
+    given = _prepare(settings, 1.0, 0.8)
+    from ..bench import ops as timing
 
-    chosen, left_out = cases(
+    chosen, left_out = timing.cases(
         batch=batch,
-        layouts=_names("layout", layout, LAYOUTS),
-        dtypes=_names("dtype", dtype, DTYPES),
+        layouts=_names("layout", layout, timing.LAYOUTS),
+        dtypes=_names("dtype", dtype, timing.DTYPES),
         network=net,
         quick=quick,
         every_tail=every_tail,
     )
-    budget, with_compile = _budget(settings, 1.0, 0.8)
-    job = _Job(
-        f"{_count(len(chosen), 'case')} of batch norm, forward and backward, batch {batch}",
-        "s",
-        settings,
-        _about_compile(with_compile),
-        left_out,
-        len(chosen),
-        estimate(chosen, budget, with_compile),
-        lambda: run(chosen, seconds=budget, compiles=with_compile),
-    )
-    _carry_out("ops", job, out, dry_run)
+    what = f"{_count(len(chosen), 'case')} of batch norm, forward and backward, batch {batch}"
+    rows = len(chosen)
+    _carry_out("ops", what, settings, timing, chosen, given, rows=rows, left_out=left_out)
 
 
 @bench.command()
 def steps(
     quick: Quick = False,
-    net: Annotated[
-        str, typer.Option(help="vgg, resnet18, mobilenetv2, densenet, efficientnet or all.")
-    ] = "all",
+    net: Net = "all",
     batch: Batch = 32,
     dtype: Dtype = "float32",
     layout: Layout = "both",
@@ -137,9 +114,7 @@ def steps(
 @bench.command()
 def memory(
     quick: Quick = False,
-    net: Annotated[
-        str, typer.Option(help="vgg, resnet18, mobilenetv2, densenet, efficientnet or all.")
-    ] = "all",
+    net: Net = "all",
     batch: Batch = 32,
     dtype: Dtype = "float32",
     layout: Layout = "both",
@@ -178,77 +153,54 @@ def fold(
 ) -> None:
     """Inference of eleven networks, folded by us and by torch."""
     settings = dict(locals())
-    _prepare(settings)
-    from ..bench.inference import estimate, plans, run
+    given = _prepare(settings, 10.0, 2.0)
+    from ..bench import inference
     from ..bench.ops import LAYOUTS
 
     layouts = _names("layout", layout, LAYOUTS)
-    chosen = plans(layouts=layouts, batch=batch, network=net, quick=quick)
-    budget, with_compile = _budget(settings, 10.0, 2.0)
-    job = _Job(
-        f"inference of {_count(len({plan.net for plan in chosen}), 'network')}, folded; batch "
-        + " and ".join(str(size) for size in dict.fromkeys(plan.batch for plan in chosen)),
-        "s",
-        settings,
-        _about_compile(with_compile),
-        [],
-        sum(len(plan.layouts) for plan in chosen),
-        estimate(chosen, budget, with_compile),
-        lambda: run(chosen, seconds=budget, compiles=with_compile),
-    )
-    _carry_out("fold", job, out, dry_run)
+    chosen = inference.plans(layouts=layouts, batch=batch, network=net, quick=quick)
+    what = f"inference of {_count(len({plan.net for plan in chosen}), 'network')}, folded; batch "
+    what += " and ".join(str(size) for size in dict.fromkeys(plan.batch for plan in chosen))
+    rows = sum(len(plan.layouts) for plan in chosen)
+    _carry_out("fold", what, settings, inference, chosen, given, rows=rows)
 
 
 def _nets(kind: str, settings: dict[str, Any]) -> None:
     """Steps and memory: the same networks, timed or counted."""
-    _prepare(settings)
-    from ..bench import memory as counting
-    from ..bench import steps as timing
+    given = _prepare(settings, 20.0, 4.0)
+    from ..bench import memory, steps
     from ..bench.ops import DTYPES, LAYOUTS
 
-    chosen = timing.plans(
+    chosen = steps.plans(
         batch=settings["batch"],
         layouts=_names("layout", settings["layout"], LAYOUTS),
         dtypes=_names("dtype", settings["dtype"], DTYPES),
         network=settings["net"],
         quick=settings["quick"],
     )
-    is_timed = kind == "steps"
-    budget, with_compile = _budget(settings, 20.0, 4.0)
-    low = settings.get("low_memory", True)
-
-    def run() -> Iterable[Row]:
-        if is_timed:
-            return timing.run(chosen, seconds=budget, compiles=with_compile, low=low)
-        return counting.run(chosen, compiles=with_compile)
-
-    what = "training steps" if is_timed else "memory kept for backward"
-    what += f" of {_count(len(chosen), 'network')}"
-    job = _Job(
-        f"{what}, batch {settings['batch']}",
-        "s" if is_timed else "bytes",
-        settings,
-        _about_compile(with_compile),
-        [],
-        sum(len(plan.layouts) for plan in chosen),
-        timing.estimate(chosen, budget, with_compile, low)
-        if is_timed
-        else counting.estimate(chosen, with_compile),
-        run,
-    )
-    _carry_out(kind, job, settings["out"], settings["dry_run"])
+    of = f"of {_count(len(chosen), 'network')}, batch {settings['batch']}"
+    rows = sum(len(plan.layouts) for plan in chosen)
+    if kind == "steps":
+        given["low"] = settings["low_memory"]
+        _carry_out(kind, f"training steps {of}", settings, steps, chosen, given, rows=rows)
+    else:
+        del given["seconds"]
+        what = f"memory kept for backward {of}"
+        _carry_out(kind, what, settings, memory, chosen, given, rows=rows, unit="bytes")
 
 
-def _prepare(settings: dict[str, Any]) -> None:
+def _prepare(settings: dict[str, Any], usual: float, quick: float) -> dict[str, Any]:
     """Sees to the allocator, for all sides, and to the threads.
+
+    Gives the seconds of one case, and whether torch.compile runs; notes both in the settings.
 
     Raises:
         ConfigError: an option does not fit.
     """
     wish, out = settings["allocator"], settings["out"]
     allocator.check(wish)
-    if out is not None and not out.resolve().parent.is_dir():
-        raise ConfigError(f"--out {out}: there is no folder {out.parent}; make it first")
+    if out is not None:
+        check_place(out)
     found = allocator.keep_blocks() if wish == "keep" else allocator.default_blocks()
     if wish == "default" and found.keeps:
         raise ConfigError(
@@ -259,6 +211,11 @@ def _prepare(settings: dict[str, Any]) -> None:
 
     if settings["threads"] is not None:
         torch.set_num_threads(settings["threads"])
+    if settings.get("seconds") is None:
+        settings["seconds"] = quick if settings["quick"] else usual
+    if settings["compiles"] is None:
+        settings["compiles"] = not settings["quick"]
+    return {name: settings[name] for name in ("seconds", "compiles")}
 
 
 def _names(option: str, wish: str, known: Iterable[str]) -> list[str]:
@@ -277,27 +234,29 @@ def _names(option: str, wish: str, known: Iterable[str]) -> list[str]:
     return [wish]
 
 
-def _budget(settings: dict[str, Any], usual: float, quick: float) -> tuple[float, bool]:
-    """The seconds of one case, and whether torch.compile runs; notes both in the settings."""
-    if settings.get("seconds") is None:
-        settings["seconds"] = quick if settings["quick"] else usual
-    if settings["compiles"] is None:
-        settings["compiles"] = not settings["quick"]
-    return settings["seconds"], settings["compiles"]
+def _carry_out(
+    kind: str,
+    what: str,
+    settings: dict[str, Any],
+    room: Any,
+    chosen: Sequence[Any],
+    given: dict[str, Any],
+    *,
+    rows: int,
+    unit: str = "s",
+    left_out: Sequence[str] = (),
+) -> None:
+    """Says what will be done, does it, shows what was found; Ctrl-C shows what there is.
 
-
-def _about_compile(runs: bool) -> list[str]:
-    return [] if runs else ["torch.compile is left out; --compile brings it in"]
-
-
-def _carry_out(kind: str, job: _Job, out: Path | None, dry_run: bool) -> None:
-    """Says what will be done, does it, shows what was found; Ctrl-C shows what there is."""
+    ``room`` is the module that runs what was chosen, as given, and estimates how long that takes.
+    """
     from ..bench.machine import machine
     from ..bench.results import Results
 
-    results = Results(kind, job.unit, _plain(job.settings), machine(), left_out=job.left_out)
+    out = settings["out"]
+    results = Results(kind, unit, _plain(settings), machine(), left_out=list(left_out))
     ran_on = results.machine
-    console.print(f"[bold]{escape(job.what)}[/], about {duration(job.estimate)}")
+    console.print(f"[bold]{escape(what)}[/], about {duration(room.estimate(chosen, **given))}")
     console.print(
         escape(
             f"{ran_on['cpu']}, {_count(ran_on['cores'], 'core')}, "
@@ -305,17 +264,17 @@ def _carry_out(kind: str, job: _Job, out: Path | None, dry_run: bool) -> None:
             f"torch {ran_on['torch']}; allocator {ran_on['allocator']}"
         )
     )
-    for note in job.notes:
-        console.print(f"[dim]{escape(note)}[/]")
-    if dry_run:
-        for what in job.left_out:
-            console.print(f"left out: {escape(what)}")
+    if not given["compiles"]:
+        console.print("[dim]torch.compile is left out; --compile brings it in[/]")
+    if settings["dry_run"]:
+        for case in left_out:
+            console.print(f"left out: {escape(case)}")
         return
     try:
-        _measure(job, results, out)
+        _measure(room.run(chosen, **given), rows, results, out)
         results.finished = True
     except KeyboardInterrupt:
-        console.print(f"Stopped; {len(results.rows)} of {job.rows} are measured.")
+        console.print(f"Stopped; {len(results.rows)} of {rows} are measured.")
         raise
     finally:
         _show(results)
@@ -324,13 +283,13 @@ def _carry_out(kind: str, job: _Job, out: Path | None, dry_run: bool) -> None:
         console.print(f"\nNumbers: [bold]{escape(str(out))}[/]", soft_wrap=True)
 
 
-def _measure(job: _Job, results: Results, out: Path | None) -> None:
+def _measure(found: Iterable[Row], rows: int, results: Results, out: Path | None) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(compact=True))
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("starting", total=job.rows)
-        for row in job.run():
+        bar = progress.add_task("starting", total=rows)
+        for row in found:
             results.rows.append(row)
-            done = f"{len(results.rows)} of {job.rows}"
+            done = f"{len(results.rows)} of {rows}"
             progress.update(bar, advance=1, description=f"{done}: {row.name}")
             _keep(results, out)
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError, meant
-from .console import device_named
-from .network import note, open_network, share_cores, test_data
+from .console import check_place, device_named
+from .network import note, open_network, random_inputs, shape_of, share_cores, test_data
+from .options import DataDir, Device, ImageSize, NetworkOrFile, OwnModelOfFile, Weights
 
 if TYPE_CHECKING:
     import torch
@@ -43,13 +44,8 @@ class _Subject:
 
 
 def check(
-    network: Annotated[
-        str, typer.Argument(help="package.module:factory, or what 'evenkeel train' wrote.")
-    ],
-    weights: Annotated[
-        Path | None,
-        typer.Option(help="A state dict: .safetensors, or .pt, read without running code."),
-    ] = None,
+    network: NetworkOrFile,
+    weights: Weights = None,
     input_shape: Annotated[
         str | None,
         typer.Option("--input", help="The shape of an input, 1,3,224,224 say, for a trial run."),
@@ -63,10 +59,8 @@ def check(
             help="digits, mnist, fashion-mnist, cifar10, idx or folder: for the measures."
         ),
     ] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Where the data's files are.")] = None,
-    image_size: Annotated[
-        int | None, typer.Option(help="For a folder: height and width of every image.", min=1)
-    ] = None,
+    data_dir: DataDir = None,
+    image_size: ImageSize = None,
     reading: Annotated[
         str,
         typer.Option(
@@ -89,11 +83,8 @@ def check(
     ignore: Annotated[
         list[str] | None, typer.Option(help="A code that is not to be told; may be repeated.")
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="For a file of 'evenkeel train' whose network is of your own making."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    model: OwnModelOfFile = None,
+    device: Device = "auto",
 ) -> None:
     """Find the mistakes people make with batch norm, each with a number and its remedy.
 
@@ -114,7 +105,9 @@ def check(
                 f"unknown {what} '{chosen}'{meant(chosen, choices)}; choose {', '.join(choices)}"
             )
     codes = [code for each in ignore or () for code in each.split(",")]
-    sizes = _sizes(input_shape)
+    sizes = None if input_shape is None else shape_of(input_shape)
+    if out is not None:
+        check_place(out)
     where = device_named(device)
     with redirect_stdout(sys.stderr):
         if Path(network).is_file():
@@ -144,18 +137,6 @@ def check(
         raise typer.Exit(1)
 
 
-def _sizes(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        sizes = tuple(int(size) for size in text.replace("x", ",").split(","))
-    except ValueError:
-        sizes = ()
-    if len(sizes) < 2 or min(sizes, default=0) < 1:
-        raise ConfigError(f"--input {text} is no shape; write batch first, such as 1,3,224,224")
-    return sizes
-
-
 def _dataset(name: str | None, folder: Path | None, image_size: int | None) -> Dataset | None:
     if name is None:
         if folder is not None or image_size is not None:
@@ -179,7 +160,6 @@ def _made(
     device: torch.device,
 ) -> _Subject:
     """The network of a factory, with an example and data."""
-    import torch
 
     from ..study.models import build
 
@@ -193,7 +173,7 @@ def _made(
     batches = None if dataset is None else _batches(dataset, reading, batch_size, device)
     example = None if batches is None else batches[0]
     if example is None and sizes is not None:
-        example = torch.randn(sizes, generator=torch.Generator().manual_seed(0)).to(device)
+        example = random_inputs([sizes]).to(device)
     return _Subject(network, _origin(name), example, batches)
 
 

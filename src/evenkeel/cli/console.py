@@ -1,8 +1,7 @@
-"""What all commands share: the console, the way errors look, the device, spans of time."""
+"""What all commands share: the console, how errors look, the device, new files, time spans."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,11 +9,20 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..errors import ConfigError, StudyError
+from ..files import whole
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["complain", "console", "device_named", "duration", "write_atomically"]
+__all__ = [
+    "check_free",
+    "check_place",
+    "complain",
+    "console",
+    "device_named",
+    "duration",
+    "write_atomically",
+]
 
 console = Console(highlight=False)
 
@@ -38,14 +46,39 @@ def device_named(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError:
+        if device.type != "cuda" or torch.cuda.is_available():
+            torch.zeros(1, device=device).item()  # torch knows names that it was not built for
+            return device
+    except Exception:
         raise ConfigError(f"unknown device '{name}'; choose auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
+    raise ConfigError(
+        f"device '{name}' was asked for but torch {torch.__version__} finds no CUDA here; "
+        "use --device cpu"
+    )
+
+
+def check_place(out: Path) -> None:
+    """Refuses what cannot be a new file, before the work and not behind it.
+
+    Raises:
+        ConfigError: it is a folder, or its folder is missing.
+    """
+    if out.is_dir():
+        raise ConfigError(f"--out {out} is a folder; name a file in it")
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out {out}: there is no folder {out.parent}; make it first")
+
+
+def check_free(out: Path, overwrite: bool) -> None:
+    """Refuses a file that is there already, unless it is to be replaced.
+
+    Raises:
+        ConfigError: it is there.
+    """
+    if out.exists() and not overwrite:
         raise ConfigError(
-            f"device '{name}' was asked for but torch {torch.__version__} finds no CUDA here; "
-            "use --device cpu"
+            f"{out} is there already; replace it with --overwrite, or choose another --out"
         )
-    return device
 
 
 def duration(seconds: float) -> str:
@@ -64,10 +97,5 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         StudyError: the disk is full or the folder cannot be written; the old file is still there.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with whole(path, StudyError) as part:
         part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise StudyError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -16,6 +16,7 @@ from ..allocator import keep_blocks
 from ..errors import ConfigError, EvenkeelError
 from .console import console, device_named
 from .network import note, open_network, share_cores, test_data
+from .options import AsJson, DataDir, Device, ImageSize, OwnModel, TestData, Trained
 
 if TYPE_CHECKING:
     from ..study.checkpoint import Card
@@ -27,14 +28,10 @@ __all__ = ["evaluate"]
 
 
 def evaluate(
-    network: Annotated[Path, typer.Argument(help="What 'evenkeel train' wrote.")],
-    data: Annotated[
-        str | None, typer.Option(help="The data set; by default the one it was trained on.")
-    ] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Where the data's files are.")] = None,
-    image_size: Annotated[
-        int | None, typer.Option(help="For a folder: height and width of every image.", min=1)
-    ] = None,
+    network: Trained,
+    data: TestData = None,
+    data_dir: DataDir = None,
+    image_size: ImageSize = None,
     inference: Annotated[
         str,
         typer.Option(
@@ -43,12 +40,9 @@ def evaluate(
             "side."
         ),
     ] = "running",
-    model: Annotated[
-        str | None,
-        typer.Option(help="package.module:factory, if the network is of your own making."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+    model: OwnModel = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
 ) -> None:
     """Test a trained network: accuracy, loss, accuracy of each class.
 

@@ -13,9 +13,10 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import ConfigError, FormatError, ShapeError, meant
-from .console import console, device_named
-from .network import note, open_network, share_cores
+from ..errors import ConfigError, FormatError, ShapeError, first_line, meant
+from .console import check_free, check_place, console, device_named
+from .network import note, open_network, random_inputs, shape_of, share_cores
+from .options import Device, NetworkOrFile, Overwrite, OwnModelOfFile, Weights
 
 if TYPE_CHECKING:
     import torch
@@ -39,9 +40,7 @@ class _Subject:
 
 
 def fold(
-    network: Annotated[
-        str, typer.Argument(help="package.module:factory, or what 'evenkeel train' wrote.")
-    ],
+    network: NetworkOrFile,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -51,10 +50,7 @@ def fold(
             "Without it nothing is written.",
         ),
     ] = None,
-    weights: Annotated[
-        Path | None,
-        typer.Option(help="A state dict: .safetensors, or .pt, read without running code."),
-    ] = None,
+    weights: Weights = None,
     input_shape: Annotated[
         list[str] | None,
         typer.Option("--input", help="The shape of an input, 1,3,224,224 say; once for each."),
@@ -79,14 +75,9 @@ def fold(
     opset: Annotated[
         int | None, typer.Option(help="Of the ONNX file; by default torch's choice.", min=1)
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="For a file of 'evenkeel train' whose network is of your own making."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the file if it is there.")
-    ] = False,
+    model: OwnModelOfFile = None,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="If a norm stays, write nothing and exit with 1.")
     ] = False,
@@ -100,7 +91,7 @@ def fold(
     share_cores()
     trained = Path(network).is_file()
     _check_words(network, trained, weights, input_shape, dtype, example, classes, model)
-    shapes = [_sizes(text) for text in input_shape or ()]
+    shapes = [shape_of(text) for text in input_shape or ()]
     _check_out(out, opset, overwrite, [Path(network), *([weights] if weights else [])])
     kinds = _dtypes(dtype, len(shapes))
     where = device_named(device)
@@ -113,7 +104,7 @@ def fold(
     with redirect_stdout(sys.stderr), busy:
         given = None if example is None else _read(example)
         if given is None and shapes:
-            given = _random(shapes, kinds)
+            given = random_inputs(shapes, kinds)
         if trained:
             subject = _trained(Path(network), model, given, dynamic_batch, where)
         else:
@@ -150,7 +141,7 @@ def _check_words(
     """Options that do not go together."""
     if not trained and ":" not in network:
         raise FormatError(
-            f"{network}: there is no such file; give what 'evenkeel train' wrote, or "
+            f"{network}: {_missing(Path(network))}; give what 'evenkeel train' wrote, or "
             "package.module:factory"
         )
     if trained and (weights is not None or classes is not None):
@@ -165,6 +156,10 @@ def _check_words(
         )
 
 
+def _missing(path: Path) -> str:
+    return "is a folder, not a file" if path.is_dir() else "there is no such file"
+
+
 def _check_out(out: Path | None, opset: int | None, overwrite: bool, sources: list[Path]) -> None:
     """A file that cannot be written is refused before the work, not behind it."""
     from ..surgery.export import check_target
@@ -173,28 +168,11 @@ def _check_out(out: Path | None, opset: int | None, overwrite: bool, sources: li
         if opset is not None:
             raise ConfigError("--opset belongs to a file; name it, -o FILE.onnx say")
         return
-    if out.is_dir():
-        raise ConfigError(f"--out {out} is a folder; name a file in it")
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out {out}: there is no folder {out.parent}; make it first")
+    check_place(out)
     check_target(out, opset)
-    if out.exists():
-        if any(path.exists() and out.samefile(path) for path in sources):
-            raise ConfigError(f"{out} is what the network is made of; choose another --out")
-        if not overwrite:
-            raise ConfigError(
-                f"{out} is there already; replace it with --overwrite, or choose another --out"
-            )
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    try:
-        sizes = tuple(int(size) for size in text.replace("x", ",").split(","))
-    except ValueError:
-        sizes = ()
-    if len(sizes) < 2 or min(sizes, default=0) < 1:
-        raise ConfigError(f"--input {text} is no shape; write batch first, such as 1,3,224,224")
-    return sizes
+    if out.exists() and any(path.exists() and out.samefile(path) for path in sources):
+        raise ConfigError(f"{out} is what the network is made of; choose another --out")
+    check_free(out, overwrite)
 
 
 def _dtypes(names: list[str] | None, inputs: int) -> list[str]:
@@ -213,21 +191,6 @@ def _dtypes(names: list[str] | None, inputs: int) -> list[str]:
     return names * inputs if len(names) == 1 else names
 
 
-def _random(shapes: list[tuple[int, ...]], kinds: list[str]) -> Any:
-    """Random inputs, the same every time: normal ones, or zeros and ones for whole numbers."""
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    made = []
-    for shape, kind in zip(shapes, kinds, strict=True):
-        dtype: torch.dtype = getattr(torch, kind)
-        if dtype.is_floating_point:
-            made.append(torch.randn(shape, generator=generator).to(dtype))
-        else:
-            made.append(torch.randint(0, 2, shape, generator=generator).to(dtype))
-    return made[0] if len(made) == 1 else tuple(made)
-
-
 def _read(path: Path) -> Any:
     """The inputs in a file: one, or several by name.
 
@@ -239,7 +202,7 @@ def _read(path: Path) -> Any:
     from safetensors.torch import load_file
 
     if not path.is_file():
-        raise FormatError(f"{path}: there is no such file")
+        raise FormatError(f"{path}: {_missing(path)}")
     try:
         if path.suffix == ".npy":
             return torch.from_numpy(np.load(path, allow_pickle=False))
@@ -247,9 +210,8 @@ def _read(path: Path) -> Any:
             found = load_file(path)
             return found if len(found) > 1 else next(iter(found.values()))
     except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise FormatError(
-            f"{path}: there are no inputs in it that can be read ({first})"
+            f"{path}: there are no inputs in it that can be read ({first_line(error)})"
         ) from error
     raise FormatError(f"{path}: inputs are read from .npy and .safetensors; save them so")
 
@@ -259,9 +221,7 @@ def _trained(
 ) -> _Subject:
     """A network of 'evenkeel train'."""
     network, card = open_network(path, where, model)
-    given = (
-        _random([(8 if dynamic_batch else 1, *card.shape)], ["float32"]) if given is None else given
-    )
+    given = random_inputs([(8 if dynamic_batch else 1, *card.shape)]) if given is None else given
     if tuple(getattr(given, "shape", ()))[1:] != card.shape:
         raise ConfigError(f"{path} was trained on images of {card.shape}; give one input like them")
     about = {

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +19,15 @@ if TYPE_CHECKING:
     from ..study.checkpoint import Card
     from ..study.data import Dataset
 
-__all__ = ["note", "open_network", "share_cores", "size_of", "test_data"]
+__all__ = [
+    "note",
+    "open_network",
+    "random_inputs",
+    "shape_of",
+    "share_cores",
+    "size_of",
+    "test_data",
+]
 
 
 def note(text: str) -> None:
@@ -78,6 +87,46 @@ def test_data(card: Card, name: str | None, folder: Path | None, image_size: int
             f"({_few(card.classes)})"
         )
     return dataset
+
+
+def shape_of(text: str) -> tuple[int, ...]:
+    """The shape that --input gives: '1,3,224,224' or '1x3x224x224'.
+
+    Raises:
+        ConfigError: it is none, or has no batch.
+    """
+    try:
+        sizes = tuple(int(size) for size in text.replace("x", ",").split(","))
+    except ValueError:
+        sizes = ()
+    if len(sizes) < 2 or min(sizes, default=0) < 1:
+        raise ConfigError(f"--input {text} is no shape; write batch first, such as 1,3,224,224")
+    return sizes
+
+
+def random_inputs(shapes: Sequence[tuple[int, ...]], kinds: Sequence[str] = ("float32",)) -> Any:
+    """Random inputs, the same every time: normal ones, or zeros and ones for whole numbers.
+
+    Raises:
+        ConfigError: they are too large for the memory.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for shape, kind in zip(shapes, kinds, strict=True):
+        dtype: torch.dtype = getattr(torch, kind)
+        try:
+            if dtype.is_floating_point:
+                made.append(torch.randn(shape, generator=generator).to(dtype))
+            else:
+                made.append(torch.randint(0, 2, shape, generator=generator).to(dtype))
+        except RuntimeError as error:
+            raise ConfigError(
+                f"--input {','.join(map(str, shape))} is too large for the memory here "
+                f"({first_line(error)}); give a smaller one"
+            ) from error
+    return made[0] if len(made) == 1 else tuple(made)
 
 
 def size_of(shape: tuple[int, int, int]) -> str:

@@ -13,6 +13,7 @@ from ..allocator import keep_blocks
 from ..errors import FormatError
 from .console import complain, console, device_named
 from .network import note, open_network, share_cores
+from .options import Device, OwnModel, Trained
 
 if TYPE_CHECKING:
     import torch
@@ -27,17 +28,14 @@ _WHITE_ON_BLACK = ("digits", "mnist", "fashion-mnist")
 
 
 def predict(
-    network: Annotated[Path, typer.Argument(help="What 'evenkeel train' wrote.")],
+    network: Trained,
     images: Annotated[list[Path], typer.Argument(help="PNG, JPEG and other pictures.")],
     invert: Annotated[
         bool, typer.Option("--invert", help="Swap dark and light before anything else.")
     ] = False,
     top: Annotated[int, typer.Option(help="How many classes to show, best first.", min=1)] = 1,
-    model: Annotated[
-        str | None,
-        typer.Option(help="package.module:factory, if the network is of your own making."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    model: OwnModel = None,
+    device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the predictions as JSON.")] = False,
 ) -> None:
     """Tell the class of each picture, with its probability.

@@ -13,9 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..allocator import keep_blocks
-from ..errors import ConfigError
-from .console import console, device_named
+from .console import check_free, check_place, console, device_named
 from .network import note, open_network, share_cores, test_data
+from .options import AsJson, DataDir, Device, ImageSize, Overwrite, OwnModel, TestData, Trained
 
 if TYPE_CHECKING:
     import torch
@@ -29,18 +29,14 @@ __all__ = ["recalibrate"]
 
 
 def recalibrate(
-    network: Annotated[Path, typer.Argument(help="What 'evenkeel train' wrote.")],
+    network: Trained,
     out: Annotated[
         Path | None,
         typer.Option(help="The new file; by default NETWORK with '-recalibrated' in its name."),
     ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="The data set; by default the one it was trained on.")
-    ] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Where the data's files are.")] = None,
-    image_size: Annotated[
-        int | None, typer.Option(help="For a folder: height and width of every image.", min=1)
-    ] = None,
+    data: TestData = None,
+    data_dir: DataDir = None,
+    image_size: ImageSize = None,
     batch_size: Annotated[
         int | None, typer.Option(help="By default that of the training.", min=2)
     ] = None,
@@ -54,15 +50,10 @@ def recalibrate(
             "in training. population: they use their final ones, as at inference; a pass each."
         ),
     ] = "batch",
-    model: Annotated[
-        str | None,
-        typer.Option(help="package.module:factory, if the network is of your own making."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the file if it is there.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+    model: OwnModel = None,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Take the running statistics of a trained network anew, from all training images.
 
@@ -101,14 +92,8 @@ def _target(network: Path, out: Path | None, overwrite: bool) -> Path:
     """Where the new file goes; refused before the work, not behind it."""
     stem = network.name.removesuffix(".safetensors")
     target = out or network.parent / f"{stem}-recalibrated.safetensors"
-    if target.is_dir():
-        raise ConfigError(f"--out {target} is a folder; name a file in it")
-    if not target.parent.is_dir():
-        raise ConfigError(f"--out {target}: there is no folder {target.parent}; make it first")
-    if target.exists() and not overwrite:
-        raise ConfigError(
-            f"{target} is there already; replace it with --overwrite, or choose another --out"
-        )
+    check_place(target)
+    check_free(target, overwrite)
     return target
 
 

@@ -11,7 +11,8 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
-from .console import console, write_atomically
+from .console import check_place, console, write_atomically
+from .options import AsJson
 
 if TYPE_CHECKING:
     from ..report.build import Report
@@ -24,7 +25,7 @@ PAGE = "report.html"
 
 def report(
     run: Annotated[Path, typer.Argument(help="The run's folder, such as runs/quick-digits.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print all numbers as JSON.")] = False,
+    as_json: AsJson = False,
     out: Annotated[
         Path | None, typer.Option(help="Where the page goes; report.html in the run by default.")
     ] = None,
@@ -40,6 +41,8 @@ def finish(folder: Path, out: Path | None = None) -> None:
     """Prints the summary and writes the page."""
     from ..report.page import render
 
+    if out is not None:
+        check_place(out)
     numbers = _numbers(folder)
     target = out or folder / PAGE
     write_atomically(target, render(numbers))

@@ -15,6 +15,7 @@ from rich.table import Table
 from ..allocator import keep_blocks
 from ..errors import ConfigError
 from .console import console, device_named, duration
+from .options import DataSource, Device, ImageSize
 from .report import finish
 
 if TYPE_CHECKING:
@@ -40,12 +41,8 @@ def study(
         str | None,
         typer.Option(help="digits (embedded), mnist, fashion-mnist, cifar10, idx or folder."),
     ] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Where the data's files are; without it, downloaded.")
-    ] = None,
-    image_size: Annotated[
-        int | None, typer.Option(help="For a folder: height and width of every image.", min=1)
-    ] = None,
+    data_dir: DataSource = None,
+    image_size: ImageSize = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -58,7 +55,7 @@ def study(
     workers: Annotated[
         int | None, typer.Option(help="Processes; one for each core by default.", min=1)
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     out: Annotated[
         Path | None, typer.Option(help="The run's folder; runs/PRESET-DATA[-MODEL] by default.")
     ] = None,

@@ -18,8 +18,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..allocator import keep_blocks
 from ..errors import ConfigError
-from .console import console, device_named, duration
+from .console import check_free, check_place, console, device_named, duration
 from .network import note, share_cores
+from .options import DataSource, Device, ImageSize
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -43,12 +44,8 @@ def train(
             help="digits (embedded, the default), mnist, fashion-mnist, cifar10, idx or folder."
         ),
     ] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Where the data's files are; without it, downloaded.")
-    ] = None,
-    image_size: Annotated[
-        int | None, typer.Option(help="For a folder: height and width of every image.", min=1)
-    ] = None,
+    data_dir: DataSource = None,
+    image_size: ImageSize = None,
     binary: Annotated[
         bool | None, typer.Option("--binary", help="Pixels above half intensity are 1, others 0.")
     ] = None,
@@ -95,7 +92,7 @@ def train(
     seed: Annotated[
         int | None, typer.Option(help="Of the weights and the order of the data; 0.", min=0)
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     out: Annotated[Path, typer.Option(help="The file of the trained network.")] = Path(_OUT),
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the training that was stopped.")
@@ -153,20 +150,14 @@ def _check_target(out: Path, overwrite: bool) -> None:
     """Refuses what would end in tears after an hour of training."""
     from ..study.fit import state_path
 
-    if out.is_dir():
-        raise ConfigError(f"--out {out} is a folder; name a file in it, such as model.safetensors")
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out {out}: there is no folder {out.parent}; make it first")
+    check_place(out)
     state = state_path(out)
     if state.exists() and not overwrite:
         raise ConfigError(
             f"{state} holds a training that was stopped; go on with it by --resume, or train anew "
             "with --overwrite"
         )
-    if out.exists() and not overwrite:
-        raise ConfigError(
-            f"{out} is there already; replace it with --overwrite, or choose another --out"
-        )
+    check_free(out, overwrite)
 
 
 def _fresh(given: dict[str, Any], folder: Path | None, device: str) -> Fit:
