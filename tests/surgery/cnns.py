@@ -244,7 +244,7 @@ class Branches(nn.Module):
         )  # fmt: skip
         self.shortcut = nn.Sequential()
         if i != o:
-            self.shortcut = nn.Sequential(conv(i, o, 1, stride), nn.BatchNorm2d(o))
+            self.shortcut = nn.Sequential(conv(i, o, stride=stride), nn.BatchNorm2d(o))
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.relu(self.residual(x) + self.shortcut(x))

@@ -73,15 +73,6 @@ class AsksForStrides(nn.Module):
         return h + 1 if h.stride(1) == 1 else h
 
 
-@pytest.fixture(autouse=True)
-def _sound_convolutions(request):
-    """Seen with torch 2.13 on AVX2 alone, with evenkeel's kernels switched off too: a convolution's
-    backward in channels_last and double precision spoils the heap, and glibc ends the process."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    if "branches" in request.node.name and "AVX512" not in capability:
-        pytest.skip(f"torch's convolution spoils the heap with {capability}")
-
-
 class TestSet:
     @pytest.mark.parametrize("name", ZOO)
     def test_same_parameters_and_numbers(self, name):
@@ -275,6 +266,37 @@ class TestRefused:
         with pytest.raises(SurgeryError, match=r"in channels_last: view size .*write reshape in"):
             evenkeel.accelerate(model, images(), inplace=inplace, memory_format=LAST)
         assert everything(model) == before
+
+    @pytest.mark.parametrize(
+        ("conv", "is_unsafe"),
+        [
+            (nn.Conv2d(3, 8, 1, 2), True),
+            (nn.Conv2d(16, 8, 1, (1, 2), groups=4), True),
+            (nn.Conv2d(8, 8, 1, 2), False),
+            (nn.Conv2d(3, 8, 1), False),
+            (nn.Conv2d(3, 8, (1, 3), 2), False),
+        ],
+    )
+    def test_a_gradient_that_torch_writes_outside_of_its_memory(self, conv, is_unsafe, monkeypatch):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+        model = nn.Sequential(conv, nn.BatchNorm2d(8))
+        assert (layout_module._unsafe(model) is not None) == is_unsafe
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+        assert layout_module._unsafe(model) is None
+
+    def test_a_network_that_torch_cannot_train_so(self, monkeypatch):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+        model = nn.Sequential(nn.Conv2d(3, 8, 1, 2), nn.BatchNorm2d(8), nn.ReLU())
+        before = everything(model)
+        with pytest.raises(SurgeryError, match=r"channels_last: on AVX2 .* gradient of '0', a 1x1"):
+            evenkeel.accelerate(model, images(), inplace=True, memory_format=LAST)
+        assert everything(model) == before
+        own, report = evenkeel.accelerate(model, images(), memory_format="auto")
+        assert not report.layout.changed
+        assert report.layout.reason.startswith("on AVX2 torch writes outside")
+        assert own[0].weight.is_contiguous()
+        own, report = evenkeel.accelerate(model, images(), memory_format=torch.contiguous_format)
+        assert report.layout.reason == "as asked"
 
     def test_another_result(self):
         model = AsksForStrides()

@@ -104,7 +104,15 @@ def lay_out(model: nn.Module, wish: Any, example: Any, seconds: float) -> Layout
     """
     if wish == "keep":
         return None
-    if wish == "auto":
+    unsafe = None if wish is torch.contiguous_format else _unsafe(model)
+    if unsafe is not None and wish != "auto":
+        raise SurgeryError(
+            f"the network cannot have its weights in {NAMES[wish]}: {unsafe}; nothing was changed; "
+            "give memory_format='keep'"
+        )
+    if unsafe is not None:
+        layout = Layout(_layout_of(model) or CONTIGUOUS, False, unsafe)
+    elif wish == "auto":
         layout = choose(model, example, seconds)
     else:
         name = NAMES[wish]
@@ -211,6 +219,30 @@ def convert_back(model: nn.Module) -> None:
 def is_laid_out(module: nn.Module) -> bool:
     """True if `convert` has changed weights of this one module that are not changed back."""
     return _WAS in vars(module)
+
+
+def _unsafe(model: nn.Module) -> str | None:
+    """Why the network must not be trained in channels_last on this processor, or None.
+
+    With AVX2, oneDNN's gradient of the weight of a 1x1 convolution with strides and less than eight
+    channels writes outside of its memory there, and the process ends or is wrong later (torch 2.13,
+    seen with valgrind; not with eight channels or more, nor without strides).
+    """
+    if torch.backends.cpu.get_cpu_capability() != "AVX2":
+        return None
+    for name, module in model.named_modules():
+        if (
+            isinstance(module, nn.Conv2d | nn.Conv3d)
+            and set(module.kernel_size) == {1}
+            and set(module.stride) != {1}
+            and module.in_channels // module.groups < 8
+            and module.weight.is_cpu
+        ):
+            return (
+                f"on AVX2 torch writes outside of the gradient of '{name}', a 1x1 convolution with "
+                "strides and less than eight channels, if channels come last"
+            )
+    return None
 
 
 def _forget(module: nn.Module, key: str) -> None:
