@@ -310,12 +310,12 @@ struct Columns {
     }
   }
 
-  template <Act A, Source R, bool B>
+  template <Act A, Source R>
   void gradients(const Slab& s, bool stream) const {
     const Table table(*this, s, true);
     const C slope = static_cast<C>(p.slope);
     constexpr bool adds = R == Source::sum && A != Act::none;
-    const bool writes_dr = R != Source::x && p.dresidual;
+    const bool writes_dr = R != Source::x && p.dresidual, from_batch = p.from_batch;
     const Index stride = width, b0 = s.b0;
     backwards(s, stream, [&, this](Index i, auto many) INLINE {
       const T *x = in(p.x, i), *dy = in(p.dy, i), *r = adds ? in(p.residual, i) : nullptr;
@@ -331,11 +331,7 @@ struct Columns {
           const V d = load(x + at) - high;
           const V dz = dz_of<A, R>(d, scale, shift, load(dy + at), adds ? load(r + at) : V{},
                                    bits[m], b / L, slope);
-          if constexpr (B) {
-            store(dx + at, ka * dz + (kb * d + kc));
-          } else {
-            store(dx + at, ka * dz);
-          }
+          store(dx + at, from_batch ? ka * dz + (kb * d + kc) : ka * dz);
           if (R != Source::x && writes_dr) store(dr + at, dz);
         }
       };

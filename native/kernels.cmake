@@ -3,18 +3,20 @@
 # KERNELS are then the names of the builds, those of their targets being kernels_<name>.
 function(add_kernels target source)
   set(names baseline)
-  set(flags_avx2 -mavx2 -mfma -mf16c)
-  set(flags_avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c
+  set(flags_baseline -O3)
+  set(flags_avx2 -O3 -mavx2 -mfma -mf16c)
+  set(flags_avx512 -O3 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c
       -mprefer-vector-width=512 -Wno-uninitialized -Wno-maybe-uninitialized)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
     target_compile_definitions(${target} PRIVATE EVENKEEL_X86)
     list(APPEND names avx2 avx512)
+    set(flags_baseline -O1)  # for processors from before 2013; -O3 takes three times as long
   endif()
   foreach(isa ${names})
     add_library(kernels_${isa} OBJECT ${source})
     target_compile_features(kernels_${isa} PRIVATE cxx_std_20)
     target_compile_definitions(kernels_${isa} PRIVATE EVENKEEL_ISA=${isa})
-    target_compile_options(kernels_${isa} PRIVATE -O3 -fno-math-errno -ffp-contract=fast
+    target_compile_options(kernels_${isa} PRIVATE -fno-math-errno -ffp-contract=fast
                            -fvisibility=hidden -Wall -Wextra -Wno-psabi -Wno-ignored-attributes
                            ${flags_${isa}} ${ARGN})
     set_target_properties(kernels_${isa} PROPERTIES POSITION_INDEPENDENT_CODE ON)

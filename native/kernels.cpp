@@ -185,11 +185,7 @@ void backward(const Problem& p) {
           }
           set_sums<C>(p, o, one, two);
         },
-        [&](Index o, const Segment& s) {
-          const Rows<T> rows(p, o);
-          p.from_batch ? rows.template gradients<A, R, true>(s, stream)
-                       : rows.template gradients<A, R, false>(s, stream);
-        });
+        [&](Index o, const Segment& s) { Rows<T>(p, o).template gradients<A, R>(s, stream); });
     return;
   }
   std::vector<double> one(p.k2 * (p.phases & reduce ? parts : 0)), two(one.size());
@@ -209,9 +205,7 @@ void backward(const Problem& p) {
         }
       },
       [&](const Columns<T>& c, const Slab& s) {
-        const bool streams = stream && on_boundary(c);
-        p.from_batch ? c.template gradients<A, R, true>(s, streams)
-                     : c.template gradients<A, R, false>(s, streams);
+        c.template gradients<A, R>(s, stream && on_boundary(c));
       });
 }
 

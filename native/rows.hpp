@@ -266,12 +266,12 @@ struct Rows {
     });
   }
 
-  template <Act A, Source R, bool B>
+  template <Act A, Source R>
   void gradients(const Segment& s, bool stream) const {
     const auto k = Constants<C>::of(p, owner, true);
     const C slope = static_cast<C>(p.slope);
     constexpr bool adds = R == Source::sum && A != Act::none;
-    const bool writes_dr = R != Source::x && p.dresidual;
+    const bool writes_dr = R != Source::x && p.dresidual, from_batch = p.from_batch;
     const auto each = [&](Index i, Index start, const Cut<L>& cut, Index ahead) INLINE {
       const T *x = in(p.x, start), *dy = in(p.dy, start);
       const T* r = adds ? in(p.residual, start) : nullptr;
@@ -283,11 +283,7 @@ struct Rows {
         if (R != Source::x && writes_dr && !stream) foresee_store(dr + at, ahead);
         const V d = v - k.high;
         const V dz = dz_of<A, R>(k, d, g, added, bits, (lead + at) / L, slope);
-        if constexpr (B) {
-          write(dx + at, k.a * dz + (k.b * d + k.c));
-        } else {
-          write(dx + at, k.a * dz);
-        }
+        write(dx + at, from_batch ? k.a * dz + (k.b * d + k.c) : k.a * dz);
         if (R != Source::x && writes_dr) write(dr + at, dz);
       };
       sweep(
