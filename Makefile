@@ -14,6 +14,7 @@ help:
 	@echo "make sanitize  drive the C++ kernels under sanitizers (four minutes; CASES=$(CASES) SEED=$(SEED))"
 	@echo "make graphs  fold random networks and compare (GRAPHS=$(GRAPHS); minutes)"
 	@echo "make huge    drive the C++ kernels on tensors of more than 2^31 values (Linux)"
+	@echo "make arm     drive the C++ kernels for Arm, under emulation (minutes)"
 	@echo "make clean   remove .venv, build and caches; runs/ is kept"
 
 study: .venv/installed
@@ -78,6 +79,14 @@ sanitize: $(CHECKED)-address $(CHECKED)-thread
 	$(CHECKED)-address/evenkeel_check --cases $(CASES) --seed $(SEED)
 	@echo "$(CASES) cases under ThreadSanitizer"
 	$(CHECKED)-thread/evenkeel_check --cases $(CASES) --seed $(SEED)
+
+# Debian has both as g++-aarch64-linux-gnu and qemu-user-static.
+.PHONY: arm
+arm:
+	cmake -S native/check -B build/check-arm -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 >/dev/null
+	cmake --build build/check-arm --parallel 2
+	qemu-aarch64-static -L /usr/aarch64-linux-gnu build/check-arm/evenkeel_check --cases 40 --seed $(SEED)
 
 huge: $(CHECKED)-plain
 	$(CHECKED)-plain/evenkeel_check --huge

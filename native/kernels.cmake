@@ -3,14 +3,16 @@
 # KERNELS are then the names of the builds, those of their targets being kernels_<name>.
 function(add_kernels target source)
   set(names baseline)
-  set(flags_baseline -O3)
+  # Where there are fused multiplications (Arm), the compiler would take them for whole vectors and
+  # not for parts of one, and a tensor elsewhere in memory would have other bits.
+  set(flags_baseline -O3 -ffp-contract=off)
   set(flags_avx2 -O3 -mavx2 -mfma -mf16c)
   set(flags_avx512 -O3 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c
       -mprefer-vector-width=512 -Wno-uninitialized -Wno-maybe-uninitialized)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
     target_compile_definitions(${target} PRIVATE EVENKEEL_X86)
     list(APPEND names avx2 avx512)
-    set(flags_baseline -O1)  # for processors from before 2013; -O3 takes three times as long
+    list(APPEND flags_baseline -O1)  # for processors from before 2013; -O3 takes three times as long
   endif()
   foreach(isa ${names})
     add_library(kernels_${isa} OBJECT ${source})

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from evenkeel.errors import BackendError
 from evenkeel.functional import batch_norm, normalize
+from evenkeel.kernels.select import choose
 from evenkeel.nn import BatchNorm2d
 from evenkeel.study.arms import Arm
 from evenkeel.study.data import load
 from evenkeel.study.trial import run_trial
+from evenkeel.view import view_of
 
 from .kernels.contract import Contract
 from .study.helpers import tiny_plan
@@ -23,6 +28,116 @@ pytestmark = pytest.mark.gpu
 class TestReferenceOnGpu(Contract):
     name = "reference"
     device = torch.device("cuda")
+
+
+class TestTritonOnGpu(Contract):
+    name = "triton"
+    device = torch.device("cuda")
+
+
+SMALL = {"tile": 256, "resident": 0, "least": 64, "programs": 24}
+SHAPES = {
+    "prime sizes": ("n c h w -> c", (5, 13, 31, 29)),
+    "vectors of eight": ("n c h w -> c", (6, 24, 16, 16)),
+    "7 x 7": ("n c h w -> c", (64, 40, 7, 7)),
+    "few channels": ("n c h w -> c", (8, 3, 97, 101)),
+    "per activation": ("n c h w -> c h w", (33, 5, 7, 11)),
+    "per location": ("n c h w -> h w", (9, 5, 17, 8)),
+}
+
+
+BLOCKS = {"chosen": {}, "merged where needed": {"fused": 64}, "merged apart": {"fused": 0}}
+"""How Triton divides the work: as it chooses, or in pieces so small that all is split."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ACTIVATIONS = (None, "relu", "leaky_relu", "relu6", "silu")
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+DEALT = [
+    (shape, blocks, LAYOUTS[k], DTYPES[(i + j + k) % 3], ACTIVATIONS[(i + 2 * j + k) % 5])
+    for (i, shape), (j, blocks), k in product(enumerate(SHAPES), enumerate(BLOCKS), range(2))
+]
+
+
+@pytest.mark.parametrize(("shape", "blocks", "layout", "dtype", "activation"), DEALT)
+def test_triton_agrees_with_float64_on_the_cpu(
+    shape, blocks, layout, dtype, activation, monkeypatch
+):
+    """y and all gradients, with the sum before the activation; the same bits when called again."""
+    planning = importlib.import_module("evenkeel.kernels.triton.planning")
+    if BLOCKS[blocks]:
+        monkeypatch.setattr(planning, "LIMITS", planning.Limits(**SMALL, **BLOCKS[blocks]))
+    pattern, shape = SHAPES[shape]
+    generator = torch.Generator().manual_seed(0)
+    x, dy, residual = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
+    own = [size for axis, size in zip("nchw", shape, strict=True) if axis in pattern[11:]]
+    weight, bias = (torch.randn(own, generator=generator) for _ in range(2))
+
+    def run(device, to, backend):
+        tensors = [t.to(device, to).contiguous(memory_format=layout) for t in (x, residual)]
+        tensors += [t.to(device, torch.promote_types(to, torch.float32)) for t in (weight, bias)]
+        given = x_, residual_, weight_, bias_ = [t.requires_grad_() for t in tensors]
+        options = {"residual": residual_, "activation": activation, "backend": backend}
+        y = normalize(x_, pattern, weight=weight_, bias=bias_, **options)
+        into = dy.to(device, to).contiguous(memory_format=layout)
+        return [y, *torch.autograd.grad(y, given, into)]
+
+    mine, again = run("cuda", dtype, "triton"), run("cuda", dtype, "triton")
+    assert all(torch.equal(a, b) for a, b in zip(mine, again, strict=True))
+    tolerance = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    for got, exact in zip(mine, run("cpu", torch.float64, "reference"), strict=True):
+        scale = float(exact.abs().max())
+        off = (got.double().cpu() - exact).abs() > tolerance * scale
+        assert int(off.sum()) <= off.numel() // 1000  # a value at a kink may take the other side
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_triton_beyond_two_to_the_31_values(layout):
+    """Offsets of 64 bits: the last image is as far away as it gets."""
+    shape = (67, 32, 1024, 1024)
+    x = torch.zeros(shape, device="cuda", dtype=torch.bfloat16).to(memory_format=layout)
+    assert x.numel() > 2**31
+    x[0] = 3
+    x[-1] = -5
+    y = normalize(x, "n c h w -> c", backend="triton")
+    mean = (3 - 5) / shape[0]
+    scale = ((9 + 25) / shape[0] - mean**2) ** -0.5
+    for image, value in ((0, 3), (1, 0), (-1, -5)):
+        wanted = torch.full_like(y[image], (value - mean) * scale)
+        torch.testing.assert_close(y[image], wanted, rtol=1e-2, atol=1e-2)
+
+
+def test_triton_is_taken_where_it_runs():
+    view = view_of((4, 3, 5, 7), (105, 35, 7, 1), (1,))
+    assert choose("triton", view, torch.float32, torch.device("cuda")).name == "triton"
+    with pytest.raises(BackendError, match=r"it has no kernels for torch\.float64"):
+        choose("triton", view, torch.float64, torch.device("cuda"))
+
+
+def test_triton_in_a_cuda_graph():
+    """Nothing waits for the device: a training step is captured, and replayed on other values."""
+    weight, bias = torch.rand(8, device="cuda"), torch.rand(8, device="cuda")
+
+    def layer(x):
+        return batch_norm(x, weight, bias, training=True, backend="triton")
+
+    x = torch.randn(16, 8, 14, 14, device="cuda")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(2):  # compiles
+            torch.autograd.grad(layer(x.requires_grad_()).square().sum(), x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+        (dx,) = torch.autograd.grad(y.square().sum(), x)
+    with torch.no_grad():
+        x.copy_(torch.randn(16, 8, 14, 14) * 2 + 5)
+    graph.replay()
+    other = x.detach().clone().requires_grad_()
+    wanted = F.batch_norm(other, None, None, weight, bias, training=True)
+    torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-4)
+    (wanted_dx,) = torch.autograd.grad(wanted.square().sum(), other)
+    torch.testing.assert_close(dx, wanted_dx, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -67,6 +67,25 @@ def test_auto_always_finds_one() -> None:
             assert choice.reason
 
 
+def test_auto_does_not_load_what_it_does_not_take(monkeypatch) -> None:
+    """Triton takes a second to import, and cuDNN is hundreds of megabytes."""
+
+    def load(name: str) -> Reference:
+        assert name in ("native", "reference"), f"{name} was loaded"
+        return Reference()
+
+    monkeypatch.setattr(select, "load", load)
+    select._missing.cache_clear()
+    assert select.choose("auto", VIEW, torch.float32, CPU).name == "native"
+    choice = select.choose("auto", VIEW, torch.float32, torch.device("cuda", 0))
+    assert choice == (
+        "reference",
+        "native: it is taken on cpu, not on cuda; triton: it is taken only if asked for by name; "
+        "cudnn: it is taken only if asked for by name",
+    )
+    select._missing.cache_clear()
+
+
 @pytest.mark.usefixtures("picky")
 def test_the_first_that_can_runs() -> None:
     assert select.choose("auto", VIEW, torch.float32, CPU).name == "picky"

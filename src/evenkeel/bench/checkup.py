@@ -49,6 +49,9 @@ def findings() -> Iterator[Finding]:
 def _backend(name: str) -> Finding:
     """Whether a backend runs batch norm on a typical batch of images, in each layout and dtype."""
     topic = f"backend {name}"
+    device = torch.device("cuda" if name in select.ON_GPU else "cpu")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return Finding(topic, "for an NVIDIA GPU, and asked for by name; there is no GPU here")
     try:
         verbs = select.load(name)
         described = getattr(verbs, "describe", None)
@@ -57,7 +60,7 @@ def _backend(name: str) -> Finding:
         runs: list[str] = []
         for layout in LAYOUTS:
             for dtype in DTYPES:
-                reason = verbs.refuses(_typical(layout), DTYPES[dtype], torch.device("cpu"))
+                reason = verbs.refuses(_typical(layout), DTYPES[dtype], device)
                 place = runs if reason is None else refused.setdefault(reason, [])
                 place.append(f"{layout} {dtype}")
     except Exception as error:  # a backend that fails to load must not hide what the others say

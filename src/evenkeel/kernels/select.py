@@ -1,4 +1,10 @@
-"""Which backend runs a call, and why: a pure function of the call."""
+"""Which backend runs a call, and why: a pure function of the call.
+
+``'auto'`` takes the first of `backends` that is for the tensor's device and can run the call: on
+the CPU the native kernels, else the reference. What is not for the device is not even loaded. A
+backend asked for by name runs wherever it can: Triton on the CPU too, in its interpreter, where
+``TRITON_INTERPRET=1`` was set before it was loaded.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +18,21 @@ from ..errors import BackendError
 from ..view import View
 from .contract import Backend
 
-__all__ = ["Choice", "backends", "choose", "load"]
+__all__ = ["ON_GPU", "Choice", "backends", "choose", "load"]
 
 _PLACES = {
     "native": "evenkeel.kernels.native:Native",
+    "triton": "evenkeel.kernels.triton:Triton",
+    "cudnn": "evenkeel.kernels.cudnn:Cudnn",
     "reference": "evenkeel.kernels.reference:Reference",
 }
 """Every backend, best first, as module:class. A module is imported when it is first chosen."""
+
+_DEVICES = {"native": "cpu"}
+"""The device on which ``'auto'`` takes a backend, for those that it does not take on all."""
+
+ON_GPU = ("triton", "cudnn")
+"""For CUDA tensors, but not taken by ``'auto'``: not yet seen on a GPU."""
 
 
 class Choice(NamedTuple):
@@ -76,8 +90,14 @@ def choose(wish: str, view: View, dtype: torch.dtype, device: torch.device) -> C
         return Choice(wish, "asked for by name")
     passed: list[str] = []
     for name in _PLACES:
-        missing = _missing(name)
-        reason = missing or load(name).refuses(view, dtype, device)
+        if name in ON_GPU:
+            passed.append(f"{name}: it is taken only if asked for by name")
+            continue
+        wanted = _DEVICES.get(name, device.type)
+        if device.type != wanted:
+            passed.append(f"{name}: it is taken on {wanted}, not on {device.type}")
+            continue
+        reason = _missing(name) or load(name).refuses(view, dtype, device)
         if reason is None:
             return Choice(name, "; ".join(passed) or "the first that runs here")
         passed.append(f"{name}: {reason}")

@@ -1,0 +1,299 @@
+"""The kernels.
+
+A program owns a tile of ``A x B`` values and walks along its owners' values, ``A`` steps at a time.
+
+- *Rows*: the fast run is averaged (NCHW). The program has one owner; a step is a unit, ``B`` values
+  that lie together, and units are counted on over the gaps between the owner's runs.
+- *Columns*: the fast run owns (NHWC, dense layers, per activation). The program has ``B``
+  neighbouring owners; a step is one of their rows.
+
+So a program's part of a per-owner vector is one number, or one row ``(1, B)``. What several
+programs find out about an owner, its splits, lies in ``parts``, one row for each. Sums are reduced
+in a fixed order, without atomics.
+
+Statistics are of ``x - pivot``, the pivot being the owner's first value: the two are near each
+other, so that nothing is lost where the mean is far from zero, and the mean is had in two parts.
+Each lane of the tile merges its values one by one (Chan et al. 1979, with parts of one); lanes, and
+then splits, are merged at once: ``m2 = sum(m2_i + n_i * (mean_i - mean)^2)``. A tile that holds all
+of an owner's values is read once and has its mean first, then the squares of what is left.
+
+Pointers to vectors may be float64, as on the CPU, where the interpreter runs. Arithmetic is
+float32. The arguments from ``across`` on are `planning.Plan.sizes`, and mean what it says.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    activate,
+    before_activation,
+    gradient_before,
+    merged_moments,
+    owners_of,
+    pivot_of,
+    store_parts,
+    store_sum,
+    summed,
+    tile,
+    total,
+    vector,
+)
+
+__all__ = [
+    "apply",
+    "backward_dx",
+    "backward_reduce",
+    "backward_resident",
+    "forward_resident",
+    "merge_moments",
+    "merge_sums",
+    "moments",
+]
+
+_SIZES = ["across", "run", "jump", "block", "magic", "shift", "length", "per", "splits", "count"]
+"""Numbers that differ from layer to layer: one compiled kernel serves them all."""
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def moments(
+    x, parts, count, across, run, jump, block, magic, shift, length, per,
+    COLUMNS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Of each split, the mean about the pivot and m2, into ``parts``."""
+    group, split = tl.program_id(0), tl.program_id(1)
+    owners, real, base, lanes = owners_of(group, across, run, block, COLUMNS, B, UNIT, WIDE)
+    pivot = pivot_of(x, base, lanes, real, UNIT, COLUMNS)
+    start = split * per
+    stop = tl.minimum(start + per, length)
+    mean = tl.full((A, B), 0, tl.float32)
+    m2 = tl.full((A, B), 0, tl.float32)
+    for step in range(start, stop, A):
+        places, exist = tile(
+            step, stop, base, lanes, run, jump, magic, shift, COLUMNS, A, UNIT, WIDE
+        )
+        centred = tl.load(x + places, exist, 0).to(tl.float32) - pivot
+        apart = tl.where(exist, centred - mean, 0)
+        mean += apart * (1.0 / ((step - start) // A + 1))
+        m2 += apart * (centred - mean)
+    rows = tl.arange(0, A)[:, None]
+    counts = ((stop - start) // A + (rows < (stop - start) % A).to(tl.int32)).to(tl.float32)
+    values: tl.constexpr = 1 if COLUMNS else B
+    together = total(mean * counts, COLUMNS) / ((stop - start) * values).to(tl.float32)
+    apart = mean - together
+    store_parts(parts, together, total(m2 + counts * apart * apart, COLUMNS), owners, real, count)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def merge_moments(
+    x, parts, mean, m2, var, invstd, eps, count, splits,
+    across, run, jump, block, magic, shift, length, per,
+    COLUMNS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """Each owner's mean, and m2 or else variance and invstd, from its splits'."""
+    group = tl.program_id(0)
+    owners, real, base, lanes = owners_of(group, across, run, block, COLUMNS, B, UNIT, WIDE)
+    pivot = pivot_of(x, base, lanes, real, UNIT, COLUMNS)
+    values: tl.constexpr = 1 if COLUMNS else B
+    apart, square = merged_moments(
+        parts, owners, real, count, splits, per, length, COLUMNS, values, PARTS
+    )
+    store_sum(mean, pivot, apart, owners, real)
+    if var is None:
+        tl.store(m2 + owners, square, real)
+    else:
+        variance = square / (length * values).to(tl.float32)
+        tl.store(var + owners, variance, real)
+        tl.store(invstd + owners, tl.rsqrt(variance + eps), real)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def apply(
+    x, residual, y, parts, mean, invstd, weight, bias, var, eps, slope, count, splits,
+    across, run, jump, block, magic, shift, length, per,
+    COLUMNS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
+    PARTS: tl.constexpr, ACT: tl.constexpr,
+):  # fmt: skip
+    """y. With ``parts``, mean and variance are merged from them, and stored; else they are given.
+
+    It begins where the statistics ended: what those read last is still in cache.
+    """
+    group = tl.num_programs(0) - 1 - tl.program_id(0)
+    split = tl.num_programs(1) - 1 - tl.program_id(1)
+    owners, real, base, lanes = owners_of(group, across, run, block, COLUMNS, B, UNIT, WIDE)
+    if parts is None:
+        centre = vector(mean, owners, real, 0.0)
+        scale = vector(invstd, owners, real, 1.0)
+    else:
+        pivot = pivot_of(x, base, lanes, real, UNIT, COLUMNS)
+        values: tl.constexpr = 1 if COLUMNS else B
+        apart, square = merged_moments(
+            parts, owners, real, count, splits, per, length, COLUMNS, values, PARTS
+        )
+        variance = square / (length * values).to(tl.float32)
+        if split == 0:
+            store_sum(mean, pivot, apart, owners, real)
+            tl.store(var + owners, variance, real)
+        centre = pivot + apart
+        scale = tl.rsqrt(variance + eps)
+    scale *= vector(weight, owners, real, 1.0)
+    offset = vector(bias, owners, real, 0.0)
+    start = split * per
+    stop = tl.minimum(start + per, length)
+    for step in range(start, stop, A):
+        places, exist = tile(
+            step, stop, base, lanes, run, jump, magic, shift, COLUMNS, A, UNIT, WIDE
+        )
+        value = tl.load(x + places, exist, 0).to(tl.float32)
+        z = before_activation(value - centre, scale, offset, residual, places, exist)
+        tl.store(y + places, activate(z, slope, ACT), exist)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def forward_resident(
+    x, residual, y, mean, weight, bias, var, eps, slope,
+    across, run, jump, block, magic, shift, length, per,
+    COLUMNS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
+    ACT: tl.constexpr,
+):  # fmt: skip
+    """y, mean and biased variance; x is read once, for all of an owner's values fit in the tile."""
+    group = tl.program_id(0)
+    owners, real, base, lanes = owners_of(group, across, run, block, COLUMNS, B, UNIT, WIDE)
+    pivot = pivot_of(x, base, lanes, real, UNIT, COLUMNS)
+    places, exist = tile(0, length, base, lanes, run, jump, magic, shift, COLUMNS, A, UNIT, WIDE)
+    value = tl.load(x + places, exist, 0).to(tl.float32)
+    values: tl.constexpr = 1 if COLUMNS else B
+    n = (length * values).to(tl.float32)
+    apart = total(tl.where(exist, value - pivot, 0), COLUMNS) / n
+    centred = tl.where(exist, value - pivot - apart, 0)
+    variance = total(centred * centred, COLUMNS) / n
+    store_sum(mean, pivot, apart, owners, real)
+    tl.store(var + owners, variance, real)
+    scale = tl.rsqrt(variance + eps) * vector(weight, owners, real, 1.0)
+    offset = vector(bias, owners, real, 0.0)
+    z = before_activation(value - (pivot + apart), scale, offset, residual, places, exist)
+    tl.store(y + places, activate(z, slope, ACT), exist)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def backward_reduce(
+    dy, x, residual, parts, mean, invstd, weight, bias, dx, dresidual, slope, count,
+    across, run, jump, block, magic, shift, length, per,
+    COLUMNS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
+    ACT: tl.constexpr,
+):  # fmt: skip
+    """Of each split, the two sums, into ``parts``; and dx at once if asked for.
+
+    For that the statistics must be constants: it does not wait for the sums.
+    """
+    group, split = tl.program_id(0), tl.program_id(1)
+    owners, real, base, lanes = owners_of(group, across, run, block, COLUMNS, B, UNIT, WIDE)
+    centre = vector(mean, owners, real, 0.0)
+    inverse = vector(invstd, owners, real, 1.0)
+    scale = inverse * vector(weight, owners, real, 1.0)
+    offset = vector(bias, owners, real, 0.0)
+    one = tl.full((A, B), 0, tl.float32)
+    two = tl.full((A, B), 0, tl.float32)
+    start = split * per
+    stop = tl.minimum(start + per, length)
+    for step in range(start, stop, A):
+        places, exist = tile(
+            step, stop, base, lanes, run, jump, magic, shift, COLUMNS, A, UNIT, WIDE
+        )
+        centred = tl.load(x + places, exist, 0).to(tl.float32) - centre
+        dz = gradient_before(dy, centred, scale, offset, residual, slope, places, exist, ACT)
+        one += dz
+        two += tl.where(exist, dz * (centred * inverse), 0)
+        if dx is not None:
+            tl.store(dx + places, dz * scale, exist)
+        if dresidual is not None:
+            tl.store(dresidual + places, dz, exist)
+    store_parts(parts, total(one, COLUMNS), total(two, COLUMNS), owners, real, count)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def merge_sums(
+    parts, sum_dz, sum_dz_xhat, count, splits, across, run,
+    COLUMNS: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Each owner's two sums, from its splits'."""
+    owners, real, _, _ = owners_of(tl.program_id(0), across, run, 0, COLUMNS, B, UNIT, False)
+    one, two = summed(parts, owners, real, count, splits, COLUMNS, PARTS)
+    tl.store(sum_dz + owners, one, real)
+    tl.store(sum_dz_xhat + owners, two, real)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def backward_dx(
+    dy, x, residual, dx, dresidual, parts, mean, invstd, weight, bias, sum_dz, sum_dz_xhat, slope,
+    count, splits, across, run, jump, block, magic, shift, length, per,
+    COLUMNS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
+    PARTS: tl.constexpr, ACT: tl.constexpr,
+):  # fmt: skip
+    """dx. With ``parts``, the sums are merged from them, and stored; else they are given, or None.
+
+    It begins where the sums ended: what those read last is still in cache.
+    """
+    group = tl.num_programs(0) - 1 - tl.program_id(0)
+    split = tl.num_programs(1) - 1 - tl.program_id(1)
+    owners, real, base, lanes = owners_of(group, across, run, block, COLUMNS, B, UNIT, WIDE)
+    if parts is None:
+        one = vector(sum_dz, owners, real, 0.0)
+        two = vector(sum_dz_xhat, owners, real, 0.0)
+    else:
+        one, two = summed(parts, owners, real, count, splits, COLUMNS, PARTS)
+        if split == 0:
+            tl.store(sum_dz + owners, one, real)
+            tl.store(sum_dz_xhat + owners, two, real)
+    values: tl.constexpr = 1 if COLUMNS else B
+    n = (length * values).to(tl.float32)
+    centre = vector(mean, owners, real, 0.0)
+    inverse = vector(invstd, owners, real, 1.0)
+    scale = inverse * vector(weight, owners, real, 1.0)
+    offset = vector(bias, owners, real, 0.0)
+    start = split * per
+    stop = tl.minimum(start + per, length)
+    for step in range(start, stop, A):
+        places, exist = tile(
+            step, stop, base, lanes, run, jump, magic, shift, COLUMNS, A, UNIT, WIDE
+        )
+        value = tl.load(x + places, exist, 0).to(tl.float32)
+        centred = value - centre
+        dz = gradient_before(dy, centred, scale, offset, residual, slope, places, exist, ACT)
+        if dresidual is not None:
+            tl.store(dresidual + places, dz, exist)
+        if sum_dz is not None:
+            dz -= one / n + centred * inverse * (two / n)
+        tl.store(dx + places, dz * scale, exist)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def backward_resident(
+    dy, x, residual, dx, dresidual, mean, invstd, weight, bias, sum_dz, sum_dz_xhat, slope,
+    across, run, jump, block, magic, shift, length, per,
+    COLUMNS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
+    ACT: tl.constexpr, FROM_BATCH: tl.constexpr,
+):  # fmt: skip
+    """dx and the two sums; x and dy are read once, for they fit in the tile."""
+    group = tl.program_id(0)
+    owners, real, base, lanes = owners_of(group, across, run, block, COLUMNS, B, UNIT, WIDE)
+    places, exist = tile(0, length, base, lanes, run, jump, magic, shift, COLUMNS, A, UNIT, WIDE)
+    inverse = vector(invstd, owners, real, 1.0)
+    scale = inverse * vector(weight, owners, real, 1.0)
+    offset = vector(bias, owners, real, 0.0)
+    centred = tl.load(x + places, exist, 0).to(tl.float32) - vector(mean, owners, real, 0.0)
+    dz = gradient_before(dy, centred, scale, offset, residual, slope, places, exist, ACT)
+    xhat = centred * inverse
+    one = total(dz, COLUMNS)
+    two = total(tl.where(exist, dz * xhat, 0), COLUMNS)
+    tl.store(sum_dz + owners, one, real)
+    tl.store(sum_dz_xhat + owners, two, real)
+    if dresidual is not None:
+        tl.store(dresidual + places, dz, exist)
+    if FROM_BATCH:
+        values: tl.constexpr = 1 if COLUMNS else B
+        n = (length * values).to(tl.float32)
+        dz -= one / n + xhat * (two / n)
+    tl.store(dx + places, dz * scale, exist)

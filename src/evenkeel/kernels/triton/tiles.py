@@ -1,0 +1,165 @@
+"""The parts that kernels are made of: owners, tiles, sums over a tile, what surrounds the norm."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.standard import _sum_combine as _add
+
+
+@triton.jit
+def total(values, COLUMNS: tl.constexpr):
+    """Per owner, the sum over the tile."""
+    if COLUMNS:
+        return tl.reduce(values, 0, _add, keep_dims=True)
+    else:
+        return tl.reduce(tl.reduce(values, 1, _add), 0, _add)
+
+
+@triton.jit
+def owners_of(
+    group, across, run, block,
+    COLUMNS: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """A group's owners, which of them exist, the unit that their values begin at, and its lanes."""
+    outer = group // across
+    inner = group % across
+    far = outer.to(tl.int64) if WIDE else outer
+    lanes = tl.arange(0, B)[None, :]
+    if COLUMNS:
+        lanes += inner * B
+        owners = outer * (run * UNIT) + lanes
+        return owners, lanes < run * UNIT, far * block, lanes
+    else:
+        near = inner.to(tl.int64) if WIDE else inner
+        return group, group >= 0, far * block + near * run, lanes
+
+
+@triton.jit
+def tile(
+    step, stop, base, lanes, run, jump, magic, shift,
+    COLUMNS: tl.constexpr, A: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Where the values of the steps from ``step`` on lie, and which of them exist."""
+    steps = step + tl.arange(0, A)[:, None]
+    exist = steps < stop
+    if COLUMNS:
+        far = steps.to(tl.int64) if WIDE else steps
+        return (base + far * jump) * UNIT + lanes, exist & (lanes < run * UNIT)
+    else:
+        # steps // run, for any steps below 2^30
+        runs = ((steps.to(tl.int64) * magic) >> shift).to(tl.int32)
+        far = runs.to(tl.int64) if WIDE else runs
+        return (base + far * jump + (steps - runs * run)) * UNIT + lanes, exist & (lanes >= 0)
+
+
+@triton.jit
+def pivot_of(x, base, lanes, exist, UNIT: tl.constexpr, COLUMNS: tl.constexpr):
+    """Each owner's first value, or zero where that is not finite."""
+    places = base * UNIT + lanes if COLUMNS else base * UNIT
+    first = tl.load(x + places, exist, 0).to(tl.float32)
+    return tl.where(tl.abs(first) < float("inf"), first, 0.0)
+
+
+@triton.jit
+def vector(pointer, owners, exist, default: tl.constexpr):
+    """A value for each owner, or the default where there is no such vector."""
+    if pointer is None:
+        return default
+    else:
+        return tl.load(pointer + owners, exist, 0).to(tl.float32)
+
+
+@triton.jit
+def activate(z, slope, ACT: tl.constexpr):
+    """The activation of z."""
+    if ACT == "relu":
+        return tl.where(z < 0, 0.0, z)
+    elif ACT == "leaky_relu":
+        return tl.where(z > 0, z, z * slope)
+    elif ACT == "relu6":
+        return tl.where(z < 0, 0.0, tl.where(z > 6, 6.0, z))
+    elif ACT == "silu":
+        return z / (1 + tl.exp(-z))
+    else:
+        return z
+
+
+@triton.jit
+def activation_gradient(dy, z, slope, ACT: tl.constexpr):
+    """With torch's choices at kinks and NaN, as `reference.activation_gradient` has them."""
+    if ACT == "relu":
+        return tl.where(z <= 0, 0.0, dy)
+    elif ACT == "leaky_relu":
+        return tl.where(z > 0, dy, dy * slope)
+    elif ACT == "relu6":
+        return tl.where((z <= 0) | (z >= 6), 0.0, dy)
+    elif ACT == "silu":
+        s = 1 / (1 + tl.exp(-z))
+        return dy * (s * (1 + z * (1 - s)))
+    else:
+        return dy
+
+
+@triton.jit
+def before_activation(centred, scale, bias, residual, places, exist):
+    """The value before the activation."""
+    z = centred * scale + bias
+    if residual is not None:
+        z += tl.load(residual + places, exist, 0).to(tl.float32)
+    return z
+
+
+@triton.jit
+def gradient_before(dy, centred, scale, offset, residual, slope, places, exist, ACT: tl.constexpr):
+    """The gradient before the activation; zero where no value exists."""
+    given = tl.load(dy + places, exist, 0).to(tl.float32)
+    if ACT == "none":
+        return given
+    else:
+        z = before_activation(centred, scale, offset, residual, places, exist)
+        return tl.where(exist, activation_gradient(given, z, slope, ACT), 0)
+
+
+@triton.jit
+def store_sum(pointer, one, two, owners, real):
+    """``one + two``, in the precision of where it goes."""
+    wide = pointer.dtype.element_ty
+    tl.store(pointer + owners, one.to(wide) + two.to(wide), real)
+
+
+@triton.jit
+def store_parts(parts, one, two, owners, real, count):
+    """A split's row of each of the two halves of ``parts``."""
+    places = parts + tl.program_id(1).to(tl.int64) * count + owners
+    tl.store(places, one, real)
+    tl.store(places + tl.num_programs(1).to(tl.int64) * count, two, real)
+
+
+@triton.jit
+def merged_moments(
+    parts, owners, exist, count, splits, per, length,
+    COLUMNS: tl.constexpr, VALUES: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Mean (about the pivot) and m2 of owners, from their splits'; ``PARTS`` is splits or more."""
+    split = tl.arange(0, PARTS)[:, None]
+    there = (split < splits) & exist if COLUMNS else split < splits
+    places = parts + split.to(tl.int64) * count + owners
+    means = tl.load(places, there, 0)
+    m2s = tl.load(places + splits.to(tl.int64) * count, there, 0)
+    steps = tl.where(split < splits, tl.minimum(length - split * per, per), 0)
+    counts = (steps * VALUES).to(tl.float32)
+    mean = total(means * counts, COLUMNS) / (length * VALUES).to(tl.float32)
+    apart = tl.where(there, means - mean, 0)
+    return mean, total(m2s + counts * apart * apart, COLUMNS)
+
+
+@triton.jit
+def summed(parts, owners, exist, count, splits, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
+    """The two sums of owners, from their splits'."""
+    split = tl.arange(0, PARTS)[:, None]
+    there = (split < splits) & exist if COLUMNS else split < splits
+    places = parts + split.to(tl.int64) * count + owners
+    one = tl.load(places, there, 0)
+    two = tl.load(places + splits.to(tl.int64) * count, there, 0)
+    return total(one, COLUMNS), total(two, COLUMNS)
