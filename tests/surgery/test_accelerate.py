@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import evenkeel
 from evenkeel.errors import SurgeryError
@@ -253,6 +254,15 @@ def test_twice_is_refused_and_says_what_to_do():
     with pytest.raises(SurgeryError, match=r"ResNet is accelerated already .* evenkeel.restore"):
         evenkeel.accelerate(fast, inplace=True)
     assert state(fast) == before
+
+
+def test_on_cuda_nothing_is_claimed():
+    with FakeTensorMode():
+        there = torch.empty(2, device="cuda")
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2))
+    model[1].register_buffer("there", there)
+    with pytest.raises(SurgeryError, match=r"is on CUDA \(see '1\.there'\), where .* for the CPU"):
+        evenkeel.accelerate(model)
 
 
 def test_our_own_norms_take_over_too_and_stay_ours():

@@ -168,13 +168,14 @@ def accelerate(
 
     Raises:
         ConfigError: an unknown memory_format, allocator or memory, or 'auto' without an example.
-        SurgeryError: the network is accelerated already, cannot be copied, cannot run the example,
-            or would compute something else. It is as it was before.
+        SurgeryError: the network is accelerated already, is on CUDA, cannot be copied, cannot run
+            the example, or would compute something else. It is as it was before.
     """
     check_layout(memory_format, example, seconds)
     check_allocator(allocator)
     check_memory(memory)
     _refuse_accelerated(model)
+    _refuse_cuda(model)
     plan = _planned(copied(model))
     if memory == "low":
         plan.edits[""] = partial(install, before=plan.edits.get(""))
@@ -221,6 +222,16 @@ def _refuse_accelerated(model: nn.Module) -> None:
             raise SurgeryError(
                 f"{type(model).__name__} is accelerated already (see '{path}'); give the network "
                 "that evenkeel.restore makes of it"
+            )
+
+
+def _refuse_cuda(model: nn.Module) -> None:
+    """There our norms would run in single operations of torch's, slower than torch's own norm."""
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        if t.is_cuda:
+            raise SurgeryError(
+                f"{type(model).__name__} is on CUDA (see '{name}'), where evenkeel has no kernels "
+                "yet that were measured to be faster than torch's; accelerate a network for the CPU"
             )
 
 
