@@ -118,7 +118,7 @@ class TestSides:
     def _once(self, monkeypatch):
         time_once(monkeypatch)
 
-    @pytest.mark.parametrize("name", ARCHITECTURES)
+    @pytest.mark.parametrize("name", ["resnet18", "mobilenetv2", "shufflenet", "unet", "dcgan"])
     def test_all_compute_the_same(self, name):
         (row,) = measured(Plan(name, 32, 0.125, 1, ("nchw",)))
         assert row.absent == {}
