@@ -65,7 +65,25 @@ def test_floor(tail, passes, bits):
     assert floor_bytes(case) == passes * case.bytes + bits * 3 * 4 * 6 * 5 / 8
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_side_on_cuda_is_eagers(dtype, layout):
+    place = Place(8, 14, 14, "bn+add+relu")
+    (row,) = ops.run([Case(place, 16, layout, dtype, {}, "cuda")], seconds=0, compiles=True)
+    assert row.absent == {}
+    assert set(row.sides) == {"copy", "eager", "evenkeel", "cudnn", "compile", "floor"}
+
+
 class TestCases:
+    def test_sides_on_each_device(self):
+        (case, *_), _ = cases(batch=2, layouts=["nchw"], dtypes=["float32"], device="cuda")
+        assert case.device == "cuda"
+        assert list(ops.builders_of(case, True)) == ["eager", "evenkeel", "cudnn", "compile"]
+        backends = [ops.builders_of(case, True)[side].keywords for side in ("evenkeel", "cudnn")]
+        assert backends == [{"backend": "triton"}, {"backend": "cudnn"}]
+        assert list(ops.builders_of(tiny(), False)) == ["eager", "evenkeel"]
+
     def test_all(self):
         chosen, left_out = cases(batch=2, layouts=LAYOUTS, dtypes=DTYPES)
         assert len(chosen) == 4 * 99

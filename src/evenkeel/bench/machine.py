@@ -6,6 +6,8 @@ import os
 import platform
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,21 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "evenkeel": __version__,
         "threads": torch.get_num_threads(),
+        "gpu": _gpu(),
+    }
+
+
+def _gpu() -> dict[str, Any] | None:
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "name": found.name,
+        "memory_gib": round(found.total_memory / 2**30, 1),
+        "capability": f"{found.major}.{found.minor}",
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        "triton": metadata.version("triton") if find_spec("triton") else None,
     }
 
 

@@ -7,6 +7,7 @@ in the same layout and return the output and all gradients as fresh tensors.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +23,17 @@ from .results import OURS, Row, row_of
 from .shapes import SIMPLE_TAILS, TAILS, Place, distinct
 from .timing import Measure, interleaved
 
-__all__ = ["DTYPES", "LAYOUTS", "Case", "Inputs", "cases", "estimate", "floor_bytes", "run"]
+__all__ = [
+    "DTYPES",
+    "LAYOUTS",
+    "Case",
+    "Inputs",
+    "builders_of",
+    "cases",
+    "estimate",
+    "floor_bytes",
+    "run",
+]
 
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -46,6 +57,7 @@ class Case:
     layout: str
     dtype: str
     counts: dict[str, int]
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
@@ -73,6 +85,7 @@ def cases(
     network: str = "all",
     quick: bool = False,
     every_tail: bool = False,
+    device: str = "cpu",
 ) -> tuple[list[Case], list[str]]:
     """What will be run, and what will not, with the reason.
 
@@ -83,6 +96,7 @@ def cases(
         quick: only the dozen of `evenkeel.bench.shapes.QUICK`.
         every_tail: each shape alone, with ReLU and with a sum and ReLU, not only with what follows
             it in a network. Those that no network has count for none.
+        device: cpu or cuda. On CUDA our Triton kernels are timed, and cuDNN under our backend.
 
     Raises:
         ConfigError: no such network.
@@ -92,7 +106,7 @@ def cases(
         more = [place._replace(tail=tail) for place in found for tail in SIMPLE_TAILS]
         found = {place: {} for place in more} | found
     every = [
-        Case(place, batch, layout, dtype, counts)
+        Case(place, batch, layout, dtype, counts, device)
         for layout in layouts
         for dtype in dtypes
         for place, counts in found.items()
@@ -107,11 +121,12 @@ def cases(
 
 
 def estimate(chosen: Sequence[Case], seconds: float, compiles: bool) -> float:
-    """About how many seconds the cases take; a guess from two cores of a server."""
+    """About how many seconds the cases take; a guess from two cores of a server, or a GPU."""
     total = 0.0
     for case in chosen:
-        once = (3 if compiles else 2) * 0.4e-9 * case.bytes  # all sides
-        inputs = 6e-9 * case.bytes
+        speed = 1.0 if case.device == "cpu" else 100.0
+        once = (3 if compiles else 2) * 0.4e-9 * case.bytes / speed  # all sides
+        inputs = 6e-9 * case.bytes / speed
         total += max(seconds, 7 * once) + 6 * once + inputs + 0.3 + 5.0 * compiles
     return total
 
@@ -135,23 +150,29 @@ class Inputs(NamedTuple):
 
 def inputs_of(case: Case) -> Inputs:
     """Random inputs, the same ones every time; parameters and running statistics in float32."""
-    generator = torch.Generator().manual_seed(0)
+    device = torch.device(case.device)
+    generator = torch.Generator(device).manual_seed(0)
 
     def tensor() -> Tensor:
         empty = torch.empty(
-            case.shape, dtype=DTYPES[case.dtype], memory_format=LAYOUTS[case.layout]
+            case.shape,
+            dtype=DTYPES[case.dtype],
+            device=device,
+            memory_format=LAYOUTS[case.layout],
         )
         return empty.normal_(generator=generator)
 
     channels = case.place.channels
-    weight = torch.rand(channels, generator=generator).add_(0.5).requires_grad_()
-    bias = torch.randn(channels, generator=generator).mul_(0.1).requires_grad_()
+    weight = torch.empty(channels, device=device).uniform_(0.5, 1.5, generator=generator)
+    bias = torch.empty(channels, device=device).normal_(0, 0.1, generator=generator)
     residual = tensor().requires_grad_() if TAILS[case.place.tail].residual else None
     x = tensor().requires_grad_()
-    return Inputs(x, weight, bias, residual, torch.zeros(channels), torch.ones(channels), tensor())
+    running = (torch.zeros(channels, device=device), torch.ones(channels, device=device))
+    own = weight.requires_grad_(), bias.requires_grad_()
+    return Inputs(x, *own, residual, *running, tensor())
 
 
-def ours(given: Inputs, tail: str) -> Side:
+def ours(given: Inputs, tail: str, backend: str = "auto") -> Side:
     """One call of `evenkeel.batch_norm`, and its backward."""
     activation, _ = TAILS[tail]
 
@@ -165,6 +186,7 @@ def ours(given: Inputs, tail: str) -> Side:
             training=True,
             activation=activation,
             residual=given.residual,
+            backend=backend,
         )
 
     return _with_backward(forward, given)
@@ -239,7 +261,9 @@ def run(chosen: Sequence[Case], *, seconds: float, compiles: bool) -> Iterator[R
 def _measured(case: Case, seconds: float, compiles: bool) -> Row:
     given = inputs_of(case)
     found = _checked(case, given, compiles)
-    samples = interleaved({"copy": copy(given), **found.sides}, seconds=seconds)
+    sides = {"copy": copy(given), **found.sides}
+    clock = time.perf_counter if case.device == "cpu" else _done
+    samples = interleaved(sides, seconds=seconds, clock=clock)
     row = row_of(
         case.name, case.layout, case.dtype, samples,
         counts=case.counts, absent=found.absent, difference=found.difference,
@@ -249,9 +273,25 @@ def _measured(case: Case, seconds: float, compiles: bool) -> Row:
     return replace(row, sides={**row.sides, "floor": Measure(floor, floor, floor)})
 
 
+def _done() -> float:
+    """The time when the GPU has done all that it was given."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def builders_of(case: Case, compiles: bool) -> dict[str, Callable[[Inputs, str], Side]]:
+    """What makes each side; eager, which the others are compared with, is the first."""
+    found: dict[str, Callable[[Inputs, str], Side]] = {"eager": eager}
+    if case.device == "cpu":
+        found[OURS] = ours
+    else:
+        found |= {OURS: partial(ours, backend="triton"), "cudnn": partial(ours, backend="cudnn")}
+    return found | ({"compile": compiled} if compiles else {})
+
+
 def _checked(case: Case, given: Inputs, compiles: bool) -> Checked:
     """Compares output and gradients with eager's."""
-    builders = {"eager": eager, OURS: ours} | ({"compile": compiled} if compiles else {})
+    builders = builders_of(case, compiles)
     truth: tuple[Tensor, ...] | None = None
 
     def off(name: str, side: Side) -> float:

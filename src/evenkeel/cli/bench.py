@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .. import allocator
 from ..errors import ConfigError, meant
-from .console import check_place, console, duration, write_atomically
+from .console import check_place, console, device_named, duration, write_atomically
 
 if TYPE_CHECKING:
     from ..bench.results import Results, Row
@@ -65,6 +65,7 @@ def ops(
     batch: Batch = 32,
     dtype: Dtype = "both",
     layout: Layout = "both",
+    device: Annotated[str, typer.Option(help="cpu or cuda (not yet seen on a GPU).")] = "cpu",
     compiles: Compiles = None,
     seconds: Seconds = None,
     threads: Threads = None,
@@ -74,6 +75,7 @@ def ops(
 ) -> None:
     """Forward and backward of every batch norm of four networks at 224x224."""
     settings = dict(locals())
+    settings["device"] = device_named(device).type
     given = _prepare(settings, 1.0, 0.8)
     from ..bench import ops as timing
 
@@ -84,6 +86,7 @@ def ops(
         network=net,
         quick=quick,
         every_tail=every_tail,
+        device=settings["device"],
     )
     what = f"{_count(len(chosen), 'case')} of batch norm, forward and backward, batch {batch}"
     rows = len(chosen)
@@ -257,6 +260,8 @@ def _carry_out(
     results = Results(kind, unit, _plain(settings), machine(), left_out=list(left_out))
     ran_on = results.machine
     console.print(f"[bold]{escape(what)}[/], about {duration(room.estimate(chosen, **given))}")
+    if settings.get("device", "cpu") != "cpu":
+        console.print(escape(str(ran_on["gpu"]["name"])))
     console.print(
         escape(
             f"{ran_on['cpu']}, {_count(ran_on['cores'], 'core')}, "
