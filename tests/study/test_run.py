@@ -25,7 +25,7 @@ from .helpers import CPU, tiny_plan
 
 TOML = """
 seeds = 4
-steps = 300
+steps = 100
 points = 4
 [[arm]]
 name = "plain"
@@ -217,16 +217,12 @@ def wait_until_gone(group: int) -> None:
 
 def test_kill_9_loses_nothing_and_repeats_nothing(tmp_path):
     command = Command(tmp_path)
-    kept: dict[tuple[str, int], str] = {}
-    for goal in (1, 4):
-        process = command.start()
-        command.wait_for(process, goal)
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-        found = rows(command.run)
-        assert kept.items() <= found.items()
-        kept = found
-        wait_until_gone(process.pid)  # the workers follow their parent
+    process = command.start()
+    command.wait_for(process, 3)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    kept = rows(command.run)
+    wait_until_gone(process.pid)  # the workers follow their parent
     out = command.finish()
     found = rows(command.run)
     assert len(found) == 8
