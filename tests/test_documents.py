@@ -28,6 +28,17 @@ def small(shape, classes):
 """
 
 
+SMALL = """
+seeds = 2
+steps = 10
+[[arm]]
+name = "plain"
+[[arm]]
+name = "normed"
+placement = "before-activation"
+"""
+
+
 def blocks(text: str, language: str) -> list[str]:
     """The code blocks of one language, as they stand."""
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
@@ -89,8 +100,8 @@ def test_commands_can_be_typed(document, command, prepared):
     """Studies and benchmarks are shown, not run; everything else runs."""
     found = lines(document.read_text())
     if any("report" in words or "--resume" in words for words in found):
-        small = ("study", "--seeds", "2", "--steps", "10", "--out", "runs/quick-digits")
-        assert command(*small)[0] == 0
+        (prepared / "small.toml").write_text(SMALL)
+        assert command("study", "--config", "small.toml", "--out", "runs/quick-digits")[0] == 0
     for tool, *words in found:
         if tool == "make":
             make = shutil.which("make")
