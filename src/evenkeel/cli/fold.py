@@ -283,7 +283,8 @@ def _try(name: str, subject: _Subject, example: Path | None) -> None:
     """
     import torch
 
-    from ..surgery.exporting.programs import call, reason, tensors_in
+    from ..surgery.examples import call, tensors_in
+    from ..surgery.exporting.programs import reason
 
     try:
         with torch.no_grad():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, ShapeError
-from ..kernels.cudnn_api.calls import Blend
+from ..kernels.cudnn_api.calls import Blend, Call
 from ..kernels.cudnn_api.descriptors import (
     TYPES,
     Layout,
@@ -51,6 +51,11 @@ class Data:
     mode: BatchNormMode
     x: Tensor
     layout: Layout
+
+    @property
+    def call(self) -> Call:
+        """A call of cuDNN's on it."""
+        return Call(self.mode, self.x, self.layout)
 
     @property
     def parameters(self) -> Layout:

@@ -106,7 +106,7 @@ def batch_normalization_forward_training_ex(
     reserve = _memory(data, _bytes(calls.reserve_size, data, ops))
     if where.is_cudnn:
         calls.forward_training_ex(
-            calls.Call(data.mode, data.x, data.layout),
+            data.call,
             ops,
             data.x,
             given.z,
@@ -183,7 +183,7 @@ def batch_normalization_backward_ex(
     _check_reserve(reserve, data, _bytes(calls.reserve_size, data, ops))
     if where.is_cudnn:
         calls.backward_ex(
-            calls.Call(data.mode, data.x, data.layout),
+            data.call,
             ops,
             data.x,
             given.y,
@@ -217,7 +217,7 @@ def _size(query: _Query, mode: BatchNormMode, bn_ops: BatchNormOps, x: Tensor) -
 def _bytes(query: _Query, data: Data, ops: BatchNormOps) -> int:
     if not place_of(data.x).is_cudnn:
         return 0
-    return query(calls.Call(data.mode, data.x, data.layout), ops)
+    return query(data.call, ops)
 
 
 def _memory(data: Data, size: int) -> Tensor:

@@ -81,7 +81,7 @@ def batch_normalization_forward_training(
     where, data = place_of(x), given.data
     if where.is_cudnn:
         calls.forward_training(
-            calls.Call(data.mode, data.x, data.layout),
+            data.call,
             data.x,
             given.y,
             scale,
@@ -145,7 +145,7 @@ def batch_normalization_forward_inference(
     where = place_of(x)
     if where.is_cudnn:
         calls.forward_inference(
-            calls.Call(data.mode, data.x, data.layout),
+            data.call,
             data.x,
             target,
             *vectors.values(),
@@ -211,7 +211,7 @@ def batch_normalization_backward(
     where, data = place_of(x), given.data
     if where.is_cudnn:
         calls.backward(
-            calls.Call(data.mode, data.x, data.layout),
+            data.call,
             data.x,
             given.dy,
             given.dx,

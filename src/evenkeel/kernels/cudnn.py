@@ -21,14 +21,13 @@ destination with beta = 1, so it is rounded once; ReLU and ReLU6 change no round
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..view import View
-from .contract import Activation, Affine, Composite, Moments, Sums, accumulation_dtype
+from .contract import Activation, Affine, Sums, accumulation_dtype
 from .cudnn_api import calls
 from .cudnn_api.descriptors import TYPES, Layout, channels_last, derived_dtype, packed
 from .cudnn_api.library import library
@@ -68,8 +67,8 @@ def arrangement(view: View) -> Arrangement | str:
     return Arrangement(BatchNormMode.SPATIAL, packed((r1, k2, r2)))
 
 
-class Cudnn(Composite):
-    """cuDNN's training forward and backward and its inference forward; the rest is composed."""
+class Cudnn(Reference):
+    """cuDNN's training forward and backward and its inference forward; the rest is inherited."""
 
     name = "cudnn"
 
@@ -88,35 +87,6 @@ class Cudnn(Composite):
             return f"cuDNN has no batch norm for {dtype}"
         found = arrangement(view)
         return found if isinstance(found, str) else None
-
-    def stats(self, x: Tensor, view: View) -> Moments:
-        return self._plain.stats(x, view)
-
-    def merge(self, parts: Sequence[Moments]) -> Moments:
-        return self._plain.merge(parts)
-
-    def backward_reduce(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        view: View,
-        affine: Affine,
-        act: Activation,
-        residual: Tensor | None,
-    ) -> Sums:
-        return self._plain.backward_reduce(dy, x, view, affine, act, residual)
-
-    def backward_dx(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        view: View,
-        affine: Affine,
-        act: Activation,
-        residual: Tensor | None,
-        sums: Sums | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        return self._plain.backward_dx(dy, x, view, affine, act, residual, sums)
 
     def apply(
         self, x: Tensor, view: View, affine: Affine, act: Activation, residual: Tensor | None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import __version__
-from ..errors import ConfigError, FormatError
+from ..errors import ConfigError, FormatError, first_line
 from ..surgery.graph import NORMS
 from . import container
 from .arms import Arm, Data
@@ -219,8 +219,7 @@ def rebuild(
             raise
         raise FormatError(f"{path}: its config cannot be used ({error})") from error
     except Exception as error:  # a config can ask torch for anything that has the right types
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise FormatError(f"{path}: its network cannot be built ({first})") from error
+        raise FormatError(f"{path}: its network cannot be built ({first_line(error)})") from error
 
 
 def restore(path: Path, network: nn.Module, tensors: Mapping[str, Tensor]) -> None:

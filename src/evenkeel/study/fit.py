@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..errors import ConfigError, EvenkeelError, FormatError, StudyError
+from ..errors import ConfigError, EvenkeelError, FormatError, StudyError, first_line
 from ..surgery.introduce import Introduced
 from . import container
 from .checkpoint import Card, Epoch, card_from, card_of, rebuild, restore, save, tensors_of
@@ -280,10 +280,9 @@ class Fit:
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
                 if isinstance(error, EvenkeelError):
                     raise
-                first = (str(error).splitlines() or [type(error).__name__])[0]
                 raise ConfigError(
                     f"'{arm.model}' cannot train on images of shape {self._card.shape}: "
-                    f"{type(error).__name__}: {first}"
+                    f"{type(error).__name__}: {first_line(error)}"
                 ) from error
         return marks, optimizer
 

@@ -77,6 +77,10 @@ class Call:
         """The descriptor of data that lies so."""
         return tensor(self.library, self.dtype, layout)
 
+    def at(self, t: Tensor | None) -> tuple[int | None, int | None]:
+        """Data that lies as x does: its descriptor and its address, or twice NULL."""
+        return (None, None) if t is None else (self.x.pointer, t.data_ptr())
+
     def blend(self, blend: Blend) -> tuple[Any, Any]:
         """Two scalars on the host: doubles for double data, floats for all else."""
         scalar = c_double if self.dtype == torch.float64 else c_float
@@ -114,7 +118,7 @@ def forward_training(
     """cudnnBatchNormalizationForwardTraining; y lies as x does."""
     call.run(
         *("cudnnBatchNormalizationForwardTraining", call.mode, *call.blend(blend)),
-        *(call.x.pointer, x.data_ptr(), call.x.pointer, y.data_ptr()),
+        *(*call.at(x), *call.at(y)),
         *(call.parameters.pointer, scale.data_ptr(), bias.data_ptr()),
         *(factor, *_addresses(running), epsilon, *_addresses(saved)),
     )
@@ -135,7 +139,7 @@ def forward_inference(
     """cudnnBatchNormalizationForwardInference; y lies as x does."""
     call.run(
         *("cudnnBatchNormalizationForwardInference", call.mode, *call.blend(blend)),
-        *(call.x.pointer, x.data_ptr(), call.x.pointer, y.data_ptr()),
+        *(*call.at(x), *call.at(y)),
         *(call.parameters.pointer, scale.data_ptr(), bias.data_ptr()),
         *(mean.data_ptr(), variance.data_ptr(), epsilon),
     )
@@ -159,8 +163,8 @@ def backward(
     call.run(
         *("cudnnBatchNormalizationBackward", call.mode),
         *(*call.blend(data), *call.blend(parameters)),
-        *(call.x.pointer, x.data_ptr(), call.x.pointer, dy.data_ptr()),
-        *(call.x.pointer, dx.data_ptr()),
+        *(*call.at(x), *call.at(dy)),
+        *call.at(dx),
         *(call.parameters.pointer, scale.data_ptr(), d_scale.data_ptr(), d_bias.data_ptr()),
         *(epsilon, *_addresses(saved)),
     )
@@ -186,8 +190,8 @@ def forward_training_ex(
     """cudnnBatchNormalizationForwardTrainingEx; z and y lie as x does."""
     call.run(
         *("cudnnBatchNormalizationForwardTrainingEx", call.mode, ops, *call.blend(blend)),
-        *(call.x.pointer, x.data_ptr(), *_optional(call, z)),
-        *(call.x.pointer, y.data_ptr()),
+        *(*call.at(x), *call.at(z)),
+        *call.at(y),
         *(call.parameters.pointer, scale.data_ptr(), bias.data_ptr()),
         *(factor, *_addresses(running), epsilon, *_addresses(saved)),
         *(_activation(call, ops), *_room(workspace), *_room(reserve)),
@@ -218,8 +222,8 @@ def backward_ex(
     call.run(
         *("cudnnBatchNormalizationBackwardEx", call.mode, ops),
         *(*call.blend(data), *call.blend(parameters)),
-        *(call.x.pointer, x.data_ptr(), *_optional(call, y), call.x.pointer, dy.data_ptr()),
-        *(*_optional(call, dz), call.x.pointer, dx.data_ptr()),
+        *(*call.at(x), *call.at(y), *call.at(dy)),
+        *(*call.at(dz), *call.at(dx)),
         *(call.parameters.pointer, scale.data_ptr(), _address(bias)),
         *(d_scale.data_ptr(), d_bias.data_ptr(), epsilon, *_addresses(saved)),
         *(_activation(call, ops), *_room(workspace), *_room(reserve)),
@@ -261,11 +265,6 @@ def _address(t: Tensor | None) -> int | None:
 def _addresses(pair: Sequence[Tensor | None]) -> tuple[int | None, int | None]:
     mean, second = pair
     return _address(mean), _address(second)
-
-
-def _optional(call: Call, t: Tensor | None) -> tuple[int | None, int | None]:
-    """A descriptor and its data, or twice NULL."""
-    return (None, None) if t is None else (call.x.pointer, t.data_ptr())
 
 
 def _room(memory: Tensor) -> tuple[int | None, int]:

@@ -26,12 +26,10 @@ __all__ = [
     "KEY",
     "Run",
     "batch_of",
-    "call",
     "is_installed",
     "program_of",
     "reason",
     "resized",
-    "tensors_in",
     "write_onnx",
     "write_pt2",
 ]
