@@ -181,6 +181,7 @@ def test_a_network_of_evenkeel_train(command, tmp_path):
         (("checkednets:odd", "--reading", "units"), "did you mean 'unit'"),
         (("checkednets:odd", "--ignore", "EK1"), "unknown code 'EK1'"),
         (("checkednets:odd", "--weights", "none.pt"), "no such file"),
+        (("checkednets:odd", "--weights", "."), "it is a folder; give a file in it"),
         (("checkednets:odd", "--fix"), "give --input or --data"),
         (("checkednets:odd", "--fix", "--out", "."), "--out . is a folder; name a file in it"),
         (("checkednets:odd", "--data-dir", "x"), "belong to --data"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -260,6 +261,7 @@ def test_other_strides_are_copied(ran):
 WRONG = {
     "no such mode": ({"mode": 3}, ConfigError, r"no mode 3; .* SPATIAL \(1\).*BAD_PARAM"),
     "rank": ({"x": draw(2, 3, 2, 2, 2, 2)}, ShapeError, r"must be \(N, C\).*BAD_PARAM"),
+    "an array": ({"x": np.ones((2, 3, 2, 2))}, ShapeError, r"x is a ndarray, .* torch\.as_tensor"),
     "integers": ({"x": torch.ones(2, 3, 2, 2).char()}, ShapeError, r"x is torch.int8"),
     "empty": ({"x": draw(0, 3, 2, 2)}, ShapeError, r"is empty.*BAD_PARAM"),
     "huge": (

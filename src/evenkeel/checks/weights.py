@@ -123,7 +123,8 @@ def _read(path: Path) -> Mapping[str, Any]:
     from safetensors.torch import load_file
 
     if not path.is_file():
-        raise FormatError(f"{path}: there is no such file")
+        what = "it is a folder; give a file in it" if path.is_dir() else "there is no such file"
+        raise FormatError(f"{path}: {what}")
     try:
         if path.suffix == ".safetensors":
             found: Any = load_file(path)

@@ -93,9 +93,14 @@ def examine(mode: BatchNormMode, x: Tensor) -> Data:
     except ValueError:
         names = ", ".join(f"{m.name} ({m.value})" for m in BatchNormMode)
         raise ConfigError(f"there is no mode {mode!r}; choose one of {names}; {_BAD}") from None
+    if not isinstance(x, Tensor):
+        raise ShapeError(f"x is a {type(x).__name__}, not a tensor; use torch.as_tensor(x)")
     shape = tuple(x.shape)
     if x.dtype not in TYPES:
-        raise ShapeError(f"x is {x.dtype}; cuDNN's batch norm takes float16, bfloat16, 32 and 64")
+        raise ShapeError(
+            f"x is {x.dtype}; cuDNN's batch norm takes float16, bfloat16, float32 and float64; "
+            "use x.float()"
+        )
     if not 2 <= x.dim() <= 5:
         raise ShapeError(
             f"x must be (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W) but is {shape}; {_BAD}"
