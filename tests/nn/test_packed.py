@@ -14,17 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from evenkeel.errors import ConfigError
-from evenkeel.nn import packed as packed_module
+from evenkeel.nn import ways
 from evenkeel.nn.packed import PackedConv2d, pack_module, unpacked
 
-TOLERANCE = 2e-6
-ACTIVATIONS = {
-    None: lambda y: y,
-    "relu": torch.relu,
-    "relu6": F.relu6,
-    "silu": F.silu,
-    ("leaky_relu", 0.2): lambda y: F.leaky_relu(y, 0.2),
-}
+from .packing import ACTIVATIONS, LAYOUTS, TOLERANCE, assert_same, conv_and_input, off, packed, way
+
 SETTINGS = {
     "pointwise": {"kernel_size": 1},
     "pointwise strided": {"kernel_size": 1, "stride": (2, 3)},
@@ -40,61 +34,11 @@ SETTINGS = {
     "reflecting": {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
     "no bias": {"kernel_size": 3, "bias": False},
 }
-LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-WAYS = ("reordered", "product", "torch")
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
-
-
-@pytest.fixture(params=["oneDNN for all", "as it decides"])
-def limits(request, monkeypatch):
-    """The limits as they are, and such that nothing is too small for oneDNN."""
-    if request.param == "oneDNN for all":
-        monkeypatch.setattr(packed_module, "SMALL", 0)
-        monkeypatch.setattr(packed_module, "DENSE", 0)
-
-
-@pytest.fixture
-def reordering(monkeypatch):
-    monkeypatch.setattr(packed_module, "SMALL", 0)
-    monkeypatch.setattr(packed_module, "DENSE", 0)
-
-
-def packed(conv, activation=None):
-    own = copy.deepcopy(conv)
-    pack_module(own, activation)
-    return own
-
-
-def way(conv):
-    """Which way the last input went."""
-    found = conv._packed
-    if found is None:
-        return None
-    return WAYS[0] if found.weight is not None else WAYS[1 + (found.matrix is None)]
-
-
-def off(found, wanted):
-    assert found.shape == wanted.shape
-    assert found.dtype == wanted.dtype
-    found, wanted = found.detach(), wanted.detach()
-    return float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-3))
-
-
-@torch.no_grad()
-def assert_same(conv, own, x, function=ACTIVATIONS[None]):
-    # in double precision: two orders of summing are each off by their own rounding
-    wide = copy.deepcopy(conv).double()
-    difference = off(own(x).double(), function(wide(x.double())))
-    assert difference <= TOLERANCE, difference
-
-
-def conv_and_input(channels=16, size=9, batch=2, **settings):
-    settings = {"kernel_size": 3, "padding": 1} | settings
-    return nn.Conv2d(channels, 24, **settings).eval(), torch.randn(batch, channels, size, size)
 
 
 class TestNumbers:
@@ -204,16 +148,16 @@ class TestWays:
         own = packed(conv)
         for size in (x.shape, (1, 16, 30, 5), (4, 16, 3, 3), x.shape):
             assert_same(conv, own, torch.randn(size))
-            assert own._packed.key[0] == torch.Size(size)
+            assert own._way.shape == torch.Size(size)
 
     def test_the_same_weight_is_packed_once(self, reordering):
         conv, x = conv_and_input()
         own = packed(conv)
         with torch.no_grad():
             own(x)
-            first = own._packed
+            first = own._way
             own(x)
-        assert own._packed is first
+        assert own._way is first
 
     def test_onednn_switched_off(self, reordering):
         conv, x = conv_and_input()
@@ -226,7 +170,7 @@ class TestWays:
         assert way(own) is None
 
     def test_a_torch_without_the_operation(self, monkeypatch):
-        monkeypatch.setattr(packed_module, "_HAS_OPS", False)
+        monkeypatch.setattr(ways, "HAS_OPS", False)
         conv, x = conv_and_input()
         own = packed(conv, "relu")
         assert_same(conv, own, x, torch.relu)
@@ -407,7 +351,7 @@ class TestAModule:
         own = packed(conv, ("leaky_relu", 0.2))
         with torch.no_grad():
             own(x)
-        assert own._packed is not None
+        assert own._way is not None
         other = copied(own)
         assert "_packed" not in vars(other)
         assert other.activation == ("leaky_relu", 0.2)

@@ -8,199 +8,156 @@ export, training and other devices.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..direct import PLAIN, is_plain
 from ..functional import activation_of
 from ..kernels.reference import activate
+from . import ways
+from .ways import Way
 
-__all__ = ["Activation", "PackedConv2d", "pack_module", "unpacked"]
+__all__ = [
+    "KINDS", "Activation", "Packed", "PackedConv2d", "PackedConvTranspose2d", "is_open",
+    "pack_module", "unpacked",
+]  # fmt: skip
 
 Activation = str | tuple[str, float] | None
 """As of `evenkeel.batch_norm`: 'relu', 'relu6', 'silu', 'leaky_relu' or that with its slope."""
 
-SMALL = 10**6
-"""Up to so many products torch's own convolution is faster: a call of oneDNN's takes 60 us more."""
-
-DENSE = 12 * 10**6
-"""Up to so many products of a 1x1 convolution a dense product is faster than oneDNN's convolution,
-by half where it is small; measured on AVX2, one and two threads."""
-
-PROBED = 16
-"""How many values of a weight are compared at every call: ``weight.data.copy_(...)`` leaves no
-trace in the version of a tensor, so that a few values are all there is to see it by."""
-
-_OPS = ("_convolution_pointwise", "_reorder_convolution_weight")
-_HAS_OPS = all(hasattr(torch.ops.mkldnn, name) for name in _OPS)
-_convolution_pointwise: Any = torch.ops.mkldnn._convolution_pointwise.default if _HAS_OPS else None
+_SETTINGS = attrgetter(
+    "stride", "padding", "output_padding", "dilation", "groups", "padding_mode", "activation"
+)
 
 
-class _Packed(NamedTuple):
-    """How inputs of a shape are computed, and what that was decided from.
-
-    ``weight`` is the reordered one, ``matrix`` the weight itself for a dense product; without both
-    torch's convolution is taken.
-    """
-
-    key: tuple[Any, ...]
-    source: Tensor
-    finish: Callable[[Tensor], Tensor] | None
-    matrix: Tensor | None = None
-    weight: Tensor | None = None
-    padding: tuple[int, ...] = ()
-    attribute: str = "none"
-    scalars: tuple[float, ...] = ()
-    probe: Tensor | None = None
-    values: Tensor | None = None
-
-
-class PackedConv2d(nn.Conv2d):
-    """`torch.nn.Conv2d` with an activation: ``y = act(conv(x))``, made by `pack_module`.
-
-    The fast paths give a channels last output for any input; torch's gives torch's layout. They are
-    taken for float32 on the CPU where nothing records gradients or operations. A weight that is
-    written over is reordered again at the next call.
-    """
+class Packed(nn.Module):
+    """What packed convolutions of both kinds have; see `PackedConv2d`."""
 
     activation: Activation = None
-    _packed: _Packed | None = None
+    _way: Way | None = None
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         weight, bias = self._parameters["weight"], self._parameters["bias"]
-        if not _applies(input, weight, bias):
-            return activate(super().forward(input), activation_of(self.activation))
-        packed = self._renewed(input, weight)
-        if packed.weight is not None:
-            y: Tensor = _convolution_pointwise(
-                input, packed.weight, bias, packed.padding, self.stride, self.dilation,
-                self.groups, packed.attribute, packed.scalars, "",
-            )  # fmt: skip
-        elif packed.matrix is not None:  # a 1x1 convolution is the product of pixels and weight
-            x = input.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-            if self.stride != (1, 1):
-                x = x[:, :: self.stride[0], :: self.stride[1]]
-            y = F.linear(x, packed.matrix, bias).permute(0, 3, 1, 2)
-        else:
+        adds = residual is not None
+        if not _applies(input, weight, bias, residual):
             y = super().forward(input)
-        return y if packed.finish is None else packed.finish(y)
+            return activate(y + residual if adds else y, activation_of(self.activation))
+        way = self._way
+        if way is None or way.shape != input.shape or way.adds != adds or not self._keeps(way):
+            self._way = way = self._found(input, adds)
+        return way.run(input, residual)
+
+    def is_current(self, way: Way) -> bool:
+        """False if a way was found for other settings, or another weight or bias.
+
+        The weight's values are not looked at.
+        """
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        return weight is way.weight and bias is way.bias and self._key() == way.key
+
+    def _keeps(self, way: Way) -> bool:
+        same = way.probe is None or torch.equal(way.probe, way.values)
+        return same and self.is_current(way)
+
+    def _key(self) -> tuple[Any, ...]:
+        weight: Any = self._parameters["weight"]
+        bias = self._parameters["bias"]
+        at = 0 if bias is None else bias.data_ptr()
+        return (weight._version, weight.data_ptr(), at, _SETTINGS(self))
 
     def extra_repr(self) -> str:
-        own: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        own: str = super().extra_repr()
         return own if self.activation is None else f"{own}, activation={self.activation!r}"
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        state.pop("_packed", None)
+        state.pop("_way", None)
         return state
-
-    def _renewed(self, x: Tensor, weight: Any) -> _Packed:
-        """What holds for inputs of this shape and this weight; decided now if nothing does."""
-        key = (
-            x.shape, weight._version, weight.data_ptr(), self.stride, self.padding, self.dilation,
-            self.groups, self.padding_mode, self.activation,
-        )  # fmt: skip
-        old = self._packed
-        if old is not None and old.source is weight and old.key == key and _is_current(old):
-            return old
-        self._packed = made = self._made(x, weight, key)
-        return made
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _made(self, x: Tensor, weight: Tensor, key: tuple[Any, ...]) -> _Packed:
-        act, padding, own = activation_of(self.activation), self._padding(), weight.detach()
-        finish = _FINISH[act.name]
-        if act.name == "leaky_relu":
-            finish = partial(F.leaky_relu_, negative_slope=act.slope)
-        if padding is None or not self._fits(x, padding):
-            return _Packed(key, weight, finish)
-        products = self._products(x, padding)
-        if self.groups == 1 and weight.shape[2:] == (1, 1) and not any(padding):
-            matrix = own.flatten(1)
-            if products <= DENSE and matrix.data_ptr() == own.data_ptr():
-                return _Packed(key, weight, finish, matrix)
-        if self.groups == 1 and products <= SMALL:
-            return _Packed(key, weight, finish)
-        flat = own.as_strided((own.numel(),), (1,)) if _fills(own) else own.flatten()
-        probe = flat[:: max(1, flat.numel() // PROBED)]
-        reordered = torch.ops.mkldnn._reorder_convolution_weight(
-            own, padding, self.stride, self.dilation, self.groups, list(x.shape)
-        )
-        attribute = _ATTRIBUTES.get(act.name, "none")
-        return _Packed(
-            key, weight, finish if attribute == "none" else None, None, reordered, padding,
-            attribute, (act.slope,) if attribute == "leaky_relu" else (), probe, probe.clone(),
-        )  # fmt: skip
+    def _found(self, x: Tensor, adds: bool) -> Way:
+        """The way for inputs of this shape."""
+        return ways.found(self, x, self._key(), super().forward, self._sizes(x), adds)
 
-    def _padding(self) -> tuple[int, ...] | None:
-        """The padding on both sides of each axis; None if it is not the same, or not zeros."""
-        if self.padding_mode != "zeros":
+    def _sizes(self, x: Tensor) -> Sequence[int] | None:
+        """The output's height and width; None if torch is to compute it, or say what is wrong."""
+        raise NotImplementedError
+
+
+class PackedConv2d(Packed, nn.Conv2d):
+    """`torch.nn.Conv2d` and what is behind it: ``y = act(conv(x) + residual)``.
+
+    Made by `pack_module`; ``residual`` may be left out. The fast ways give a channels last output
+    for any input; torch's gives torch's layout. They are taken for float32 on the CPU where nothing
+    records gradients or operations. A weight that is written over is reordered again at the next
+    call.
+    """
+
+    def _sizes(self, x: Tensor) -> Sequence[int] | None:
+        padding, shape = ways.padding_of(self), self.weight.shape
+        if padding is None or x.dim() != 4 or x.shape[1] != shape[1] * self.groups:
             return None
-        if not isinstance(self.padding, str):
-            return self.padding
-        if self.padding == "valid":
-            return (0, 0)
-        reach = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-        return None if any(r % 2 for r in reach) else tuple(r // 2 for r in reach)
-
-    def _fits(self, x: Tensor, padding: tuple[int, ...]) -> bool:
-        """False if torch is to say what is wrong, or the output is empty."""
-        weight: Any = self._parameters["weight"]
-        if x.dim() != 4 or not x.numel() or x.shape[1] != weight.shape[1] * self.groups:
-            return False
-        return min(self._sizes(x, padding)) > 0
-
-    def _sizes(self, x: Tensor, padding: tuple[int, ...]) -> list[int]:
-        """The height and width of the output."""
-        weight: Any = self._parameters["weight"]
-        sizes = zip(x.shape[2:], padding, self.dilation, weight.shape[2:], self.stride, strict=True)
-        return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in sizes]
-
-    def _products(self, x: Tensor, padding: tuple[int, ...]) -> int:
-        """How many products of two numbers the convolution is made of."""
-        weight: Any = self._parameters["weight"]
-        return int(weight.numel() * math.prod(self._sizes(x, padding)) * len(x))
+        axes = zip(x.shape[2:], padding, self.dilation, shape[2:], self.stride, strict=True)
+        return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in axes]
 
 
-_ATTRIBUTES = {"silu": "swish", "leaky_relu": "leaky_relu"}
-"""oneDNN's names of the activations that its convolution computes as torch does. Its relu and clamp
-give 0 for NaN, which would hide it."""
+class PackedConvTranspose2d(Packed, nn.ConvTranspose2d):  # type: ignore[misc]
+    """`torch.nn.ConvTranspose2d` with an activation, as `PackedConv2d`; without ``output_size``."""
 
-_FINISH: dict[str, Callable[[Tensor], Tensor] | None] = {
-    "none": None,
-    "relu": torch.relu_,
-    "relu6": partial(torch.clamp_, min=0.0, max=6.0),
-    "silu": partial(F.silu, inplace=True),
-    "leaky_relu": F.leaky_relu_,
+    def _sizes(self, x: Tensor) -> Sequence[int] | None:
+        weight: Any = self.weight
+        padding: Any = self.padding
+        settings = list(
+            zip(
+                self.stride,
+                padding,
+                self.output_padding,
+                self.dilation,
+                weight.shape[2:],
+                strict=True,
+            )
+        )
+        if x.dim() != 4 or x.shape[1] != len(weight):
+            return None
+        if any(o >= max(s, d) for s, _, o, d, _ in settings):
+            return None
+        axes = zip(x.shape[2:], settings, strict=True)
+        return [(n - 1) * s - 2 * p + o + d * (k - 1) + 1 for n, (s, p, o, d, k) in axes]
+
+
+KINDS: dict[type[nn.Module], type[Packed]] = {
+    nn.Conv2d: PackedConv2d,
+    nn.ConvTranspose2d: PackedConvTranspose2d,
 }
-"""The activation, written over what the convolution has just made."""
+"""What can be packed, and what it becomes."""
 
 
-def pack_module(conv: nn.Conv2d, activation: Activation = None) -> None:
-    """Makes a `PackedConv2d` of a convolution, in place.
+def pack_module(conv: nn.Module, activation: Activation = None) -> None:
+    """Makes a packed convolution of a convolution, in place.
 
     Raises:
-        TypeError: it is a subclass, which may do more.
+        TypeError: it is none of `KINDS`, or a subclass, which may do more.
         ConfigError: there is no such activation.
     """
-    if type(conv) is not nn.Conv2d:
-        raise TypeError(f"got {type(conv).__name__}, and only torch.nn.Conv2d itself is packed")
+    kind = KINDS.get(type(conv))
+    if kind is None:
+        names = " and ".join(f"torch.nn.{one.__name__}" for one in KINDS)
+        raise TypeError(f"got {type(conv).__name__}, and only {names} themselves are packed")
     activation_of(activation)
-    conv.__class__ = PackedConv2d
+    conv.__class__ = kind
     conv.activation = activation  # type: ignore[assignment]
 
 
-def unpacked(module: PackedConv2d) -> tuple[nn.Conv2d, nn.Module | None]:
+def unpacked(module: Packed) -> tuple[nn.Module, nn.Module | None]:
     """The ordinary convolution, with the same parameters, and its activation as a module."""
-    conv = nn.Conv2d.__new__(nn.Conv2d)
+    kind = next(one for one, packed in KINDS.items() if type(module) is packed)
+    conv = kind.__new__(kind)
     state = {k: v for k, v in module.__getstate__().items() if k != "activation"}
     conv.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in state.items()})
     if module.activation is None:
@@ -215,34 +172,27 @@ def unpacked(module: PackedConv2d) -> tuple[nn.Conv2d, nn.Module | None]:
     return conv, made.get(act.name, nn.Identity()).train(module.training)
 
 
-def _applies(x: Any, weight: Any, bias: Any) -> bool:
-    """True if the kernel may run: dense float32 on the CPU, and nobody follows what is done."""
-    if torch.compiler.is_compiling() or not (_HAS_OPS and is_plain(x)):
-        return False
-    for t in (x, weight, bias):
-        if t is not None and (
-            t.dtype is not torch.float32 or t.layout is not torch.strided or not t.is_cpu
-        ):
-            return False
-    if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        return False
-    return not (
-        weight.is_inference()  # it has no version
-        or not torch._C._get_mkldnn_enabled()
-        or forward_ad._current_level >= 0
-        or torch.is_autocast_enabled("cpu")
-        or type(weight) not in PLAIN
+def is_open(x: Any) -> bool:
+    """True if a value may go to oneDNN's kernels, for nobody follows what is done with it."""
+    return not torch.compiler.is_compiling() and (
+        ways.HAS_OPS
+        and is_plain(x)
+        and torch._C._get_mkldnn_enabled()
+        and forward_ad._current_level < 0
+        and not torch.is_autocast_enabled("cpu")
     )
 
 
-def _is_current(packed: _Packed) -> bool:
-    """False if the values that were noted have changed."""
-    probe, values = packed.probe, packed.values
-    return probe is None or values is None or torch.equal(probe, values)
-
-
-def _fills(t: Tensor) -> bool:
-    """True if the tensor's memory is dense in the order of some axes."""
-    return t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last)
+def _applies(x: Any, weight: Any, *others: Any) -> bool:
+    """True if a fast way may be taken: dense float32 on the CPU, and no gradient is recorded."""
+    if not is_open(x):
+        return False
+    given = [x, weight, *(t for t in others if t is not None)]
+    for t in given:
+        if t.dtype is not torch.float32 or t.layout is not torch.strided or not t.is_cpu:
+            return False
+        if type(t) not in PLAIN:
+            return False
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        return False
+    return not weight.is_inference()  # which has no version

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from ..errors import SurgeryError, first_line
 from ..nn import Norm
 from ..nn.folded import BORDERED, ScaleShift
-from ..nn.packed import PackedConv2d
+from ..nn.packed import Packed
 from .examples import arguments, cloned
 
 __all__ = [
@@ -110,7 +110,7 @@ def copied(model: M) -> M:
         raise SurgeryError(
             f"{type(model).__name__} cannot be copied, so it is not edited: {first_line(error)}"
         ) from error
-    packed = any(isinstance(module, PackedConv2d) for module in own.modules())
+    packed = any(isinstance(module, Packed) for module in own.modules())
     if packed and isinstance(own, fx.GraphModule):
         from .folding.packing import unpack  # which imports this file
 

@@ -16,7 +16,7 @@ from .maps import Map
 from .pushing import Move
 from .values import real_users, shape_seen
 
-__all__ = ["activation_behind", "settle"]
+__all__ = ["activation_behind", "added_to", "settle"]
 
 
 def settle(graph: fx.GraphModule, moves: list[Move], dtypes: dict[str, torch.dtype]) -> None:
@@ -54,7 +54,7 @@ def _chain(
     chain = [node]
     if node.all_input_nodes[0] in shared:  # it would be computed later than it was
         return chain, None, None
-    residual = _residual(node)
+    residual = added_to(node)
     if residual in shared:
         residual = None
     if residual is not None:
@@ -100,8 +100,8 @@ def _parts(node: fx.Node) -> tuple[Tensor, ...]:
     return tuple(t.expand(1, *whole)[0].contiguous() for t in parts)
 
 
-def _residual(node: fx.Node) -> fx.Node | None:
-    """What is added to the map and nothing else, if that is a plain sum."""
+def added_to(node: fx.Node) -> fx.Node | None:
+    """What is added to the value and nothing else, if that is a plain sum."""
     users = real_users(node)
     if len(users) != 1 or len(node.users) != 1:
         return None

@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ...nn.folded import ScaleShift
-from ...nn.packed import PackedConv2d, pack_module, unpacked
+from ...nn.packed import KINDS, Packed, pack_module, unpacked
+from ...nn.planned import PlannedGraph, as_kind
+from ..fused import Activation
 from ..graph import NORMS, add_module, module_of
 from .in_place import written_over
-from .leaving import activation_behind
+from .leaving import activation_behind, added_to
 
 __all__ = ["pack", "unpack"]
 
@@ -36,8 +38,9 @@ _OF_MEMORY = {
 def pack(graph: fx.GraphModule) -> None:
     """Packs every convolution of a folded graph, in place; see `evenkeel.nn.packed`.
 
-    Only `torch.nn.Conv2d` itself, called once and without hooks. The activation that is the only
-    user of its output is taken in, and its node goes. Convolutions keep their names and state.
+    Only those of `evenkeel.nn.packed.KINDS` themselves, called once and without hooks. The
+    activation that is the only user of an output is taken in, and its node goes. Convolutions keep
+    their names and state. The graph becomes an `evenkeel.nn.planned.PlannedGraph`.
     """
     calls = Counter(id(module_of(node)) for node in graph.graph.nodes)
     plain = [node for node in graph.graph.nodes if _is_plain(node, calls)]
@@ -54,12 +57,12 @@ def pack(graph: fx.GraphModule) -> None:
     for node, use in asked:
         _restore(graph, node, use)
     for node in plain:
-        activation = activation_behind(node)
         conv: Any = module_of(node)
-        pack_module(conv, activation)
-        if activation is not None:
-            _absorb(node, next(iter(node.users)))
-    _drop_unused(graph)
+        pack_module(conv, _absorbed(node, shared))
+    graph.delete_all_unused_submodules()
+    graph.graph.lint()
+    if plain:
+        as_kind(graph, PlannedGraph)
 
 
 def unpack(graph: fx.GraphModule) -> None:
@@ -70,25 +73,34 @@ def unpack(graph: fx.GraphModule) -> None:
             graph.graph.erase_node(node)
             continue
         module = module_of(node)
-        if not isinstance(module, PackedConv2d):
+        if not isinstance(module, Packed):
             continue
         conv, activation = unpacked(module)
         graph.set_submodule(str(node.target), conv)
-        if activation is None:
-            continue
-        name = add_module(graph, f"{node.name}_activation", activation)
-        with graph.graph.inserting_after(node):
-            new = graph.graph.call_module(name)
-        new.meta = dict(node.meta)
-        node.replace_all_uses_with(new)
-        new.args = (node,)
+        if len(node.args) > 1:
+            value, residual = node.args
+            node.args = (value,)
+            node = _follow(node, "call_function", operator.add, (residual,))
+        if activation is not None:
+            name = add_module(graph, f"{node.name}_activation", activation)
+            _follow(node, "call_module", name)
     graph.graph.lint()
-    graph.recompile()
+    as_kind(graph, fx.GraphModule)
+
+
+def _follow(node: fx.Node, op: str, target: Any, others: tuple[Any, ...] = ()) -> fx.Node:
+    """Puts an operation between a value and its users."""
+    with node.graph.inserting_after(node):
+        new = node.graph.create_node(op, target)
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    new.args = (node, *others)
+    return new
 
 
 def _is_plain(node: fx.Node, calls: Counter[int]) -> bool:
-    conv = module_of(node)
-    if type(conv) is not nn.Conv2d or len(node.args) + len(node.kwargs) != 1:
+    conv: Any = module_of(node)
+    if type(conv) not in KINDS or len(node.args) + len(node.kwargs) != 1:
         return False
     hooks = (
         conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks
@@ -163,16 +175,24 @@ def _restore(graph: fx.GraphModule, node: fx.Node, use: fx.Node) -> None:
     use.replace_input_with(node, new)
 
 
-def _absorb(node: fx.Node, activation: fx.Node) -> None:
-    """The activation's node goes, for the convolution does it."""
+def _absorbed(node: fx.Node, shared: set[fx.Node]) -> Activation | None:
+    """The sum and the activation behind a convolution go, for it does them; the activation."""
+    residual = None if node.all_input_nodes[0] in shared else added_to(node)
+    if residual is not None and residual not in shared:
+        (total,) = node.users
+        total.prepend(node)  # where both are there
+        node.args, node.kwargs = (*node.all_input_nodes, residual), {}
+        _take_place(node, total)
+    activation = activation_behind(node)
+    if activation is not None:
+        _take_place(node, next(iter(node.users)))
+    return activation
+
+
+def _take_place(node: fx.Node, other: fx.Node) -> None:
+    """Takes the place of its one user, which goes."""
     for key in _KEPT:
-        if key in activation.meta:
-            node.meta[key] = activation.meta[key]
-    activation.replace_all_uses_with(node)
-    activation.graph.erase_node(activation)
-
-
-def _drop_unused(graph: fx.GraphModule) -> None:
-    graph.delete_all_unused_submodules()
-    graph.graph.lint()
-    graph.recompile()
+        if key in other.meta:
+            node.meta[key] = other.meta[key]
+    other.replace_all_uses_with(node)
+    other.graph.erase_node(other)

@@ -1,0 +1,163 @@
+"""How a packed convolution computes inputs of one shape: which of three ways, and by what.
+
+A weight in oneDNN's order, the product of two matrices for a convolution of one pixel, or torch's
+own convolution where that is faster.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import activation_of
+from .tails import Tail, by_torch, tail
+
+__all__ = ["HAS_OPS", "Way", "found", "padding_of"]
+
+SMALL = 2 * 10**5
+"""Up to so many products torch's own convolution is faster: a call of oneDNN's takes 60 us more.
+Larger ones too, but their outputs are not channels last, which costs the next one as much."""
+
+DENSE = 12 * 10**6
+"""Up to so many products of a 1x1 convolution a dense product is faster than oneDNN's convolution,
+by half where it is small; measured on AVX2, one and two threads."""
+
+PROBED = 16
+"""How many values of a weight are compared at every call: ``weight.data.copy_(...)`` leaves no
+trace in the version of a tensor, so that a few values are all there is to see it by."""
+
+_OPS = (
+    "_convolution_pointwise", "_reorder_convolution_weight",
+    "_convolution_transpose_pointwise", "_reorder_convolution_transpose_weight",
+)  # fmt: skip
+HAS_OPS = all(hasattr(torch.ops.mkldnn, name) for name in _OPS)
+
+Run = Callable[[Tensor], Tensor]
+RunWith = Callable[[Tensor, Tensor | None], Tensor]
+
+
+class Way(NamedTuple):
+    """How inputs of a shape are computed, and what that was decided from."""
+
+    name: str
+    """Reordered, product or torch."""
+    run: RunWith
+    """Input and what is added before the activation, or None, to the output."""
+    shape: torch.Size
+    """The input's."""
+    adds: bool
+    """Whether something is added before the activation."""
+    weight: Tensor
+    bias: Tensor | None
+    key: tuple[Any, ...]
+    """What else it was decided from."""
+    probe: Tensor | None = None
+    """Some values of the weight as they are, and as they were."""
+    values: Any = None
+
+
+def found(
+    conv: Any, x: Tensor, key: tuple[Any, ...], torchs: Run, sizes: Sequence[int] | None, adds: bool
+) -> Way:
+    """The way that is fastest for inputs of this shape.
+
+    Args:
+        conv: a packed convolution.
+        x: an input.
+        key: what is kept in the way for later comparison.
+        torchs: torch's own convolution, without the activation.
+        sizes: height and width of the output; None if only torch can compute it.
+        adds: see `Way`.
+    """
+    act, weight, bias = activation_of(conv.activation), conv.weight, conv.bias
+    kept = (x.shape, adds, weight, bias, key)
+    if sizes is None or min(sizes) <= 0 or not x.numel():
+        return Way("torch", _run(torchs, by_torch(act)), *kept)
+    is_transposed = isinstance(conv, nn.ConvTranspose2d)
+    shape = (len(x), conv.out_channels, *sizes)
+    products = weight.numel() * math.prod(x.shape[2:] if is_transposed else sizes) * len(x)
+    if not is_transposed and products <= DENSE and _is_matrix(conv):
+        return Way("product", _run(_product(conv, shape), tail(act, bias, shape)), *kept)
+    if conv.groups == 1 and products <= SMALL:
+        return Way("torch", _run(torchs, by_torch(act)), *kept)
+    attribute = "none" if adds else _ATTRIBUTES.get(act.name, "none")
+    scalars = (act.slope,) if attribute == "leaky_relu" else ()
+    compute = (_transposed if is_transposed else _reordered)(conv, x.shape, attribute, scalars)
+    finish = tail(act if attribute == "none" else activation_of(None), None, shape)
+    own = weight.detach()
+    flat = own.as_strided((own.numel(),), (1,)) if _fills(own) else own.flatten()
+    probe = flat[:: max(1, flat.numel() // PROBED)]
+    return Way("reordered", _run(compute, finish), *kept, probe, probe.clone())
+
+
+def padding_of(conv: nn.Conv2d) -> tuple[int, ...] | None:
+    """The padding on both sides of each axis; None if it is not the same, or not zeros."""
+    if conv.padding_mode != "zeros":
+        return None
+    if not isinstance(conv.padding, str):
+        return conv.padding
+    if conv.padding == "valid":
+        return (0, 0)
+    reach = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    return None if any(r % 2 for r in reach) else tuple(r // 2 for r in reach)
+
+
+_ATTRIBUTES = {"silu": "swish", "leaky_relu": "leaky_relu"}
+"""oneDNN's names of the activations that its convolution computes as torch does. Its relu and clamp
+give 0 for NaN, which would hide it."""
+
+
+def _run(compute: Run, finish: Tail) -> RunWith:
+    return lambda x, residual: finish(compute(x), residual)
+
+
+def _is_matrix(conv: nn.Conv2d) -> bool:
+    """True if each pixel is multiplied by one matrix, which is the weight as it lies in memory."""
+    weight = conv.weight
+    is_pointwise = conv.groups == 1 and weight.shape[2:] == (1, 1)
+    return is_pointwise and not any(padding_of(conv) or ()) and _fills(weight)
+
+
+def _product(conv: nn.Conv2d, shape: tuple[int, ...]) -> Run:
+    """A 1x1 convolution as the product of pixels and weight; without the bias."""
+    matrix = conv.weight.detach().flatten(1).t()
+    (down, right), (inputs, outputs) = conv.stride, matrix.shape
+    images, _, height, width = shape
+    rows, strides = images * height * width, (height * width * outputs, 1, width * outputs, outputs)
+
+    def run(x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
+        if down != 1 or right != 1:
+            x = x[:, ::down, ::right]
+        return torch.mm(x.reshape(rows, inputs), matrix).as_strided(shape, strides)
+
+    return run
+
+
+def _reordered(conv: Any, shape: torch.Size, attribute: str, scalars: tuple[float, ...]) -> Run:
+    settings = (padding_of(conv), conv.stride, conv.dilation, conv.groups)
+    weight = torch.ops.mkldnn._reorder_convolution_weight(
+        conv.weight.detach(), *settings, list(shape)
+    )
+    rest = (weight, conv.bias, *settings, attribute, scalars, "")
+    function: Any = torch.ops.mkldnn._convolution_pointwise.default
+    return lambda x: function(x, *rest)
+
+
+def _transposed(conv: Any, shape: torch.Size, attribute: str, scalars: tuple[float, ...]) -> Run:
+    settings = (conv.padding, conv.output_padding, conv.stride, conv.dilation, conv.groups)
+    weight = torch.ops.mkldnn._reorder_convolution_transpose_weight(
+        conv.weight.detach(), *settings, list(shape)
+    )
+    rest = (weight, conv.bias, *settings, attribute, scalars, "")
+    function: Any = torch.ops.mkldnn._convolution_transpose_pointwise.default
+    return lambda x: function(x, *rest)
+
+
+def _fills(t: Tensor) -> bool:
+    """True if the tensor's memory is dense in the order of some axes."""
+    return t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last)
