@@ -81,8 +81,16 @@ class TestInterleaved:
         monkeypatch.setattr(
             timing, "page_faults", lambda: 1000 * min(len(clock.called), settled_after - 1)
         )
-        timing._warmed(sides, seconds, clock)
+        timing._warmed(sides, seconds, 1e-3, clock)
         assert len(clock.called) == rounds
+
+    @pytest.mark.parametrize(("shortest", "calls"), [(0.4, 1), (1.0, 2), (3.2, 7)])
+    def test_calls_in_a_row(self, shortest, calls):
+        clock = FakeClock()
+        found = interleaved(
+            {"a": clock.side("a", 0.5)}, seconds=0, least=2, most=2, shortest=shortest, clock=clock
+        )
+        assert found["a"].calls == calls
 
     def test_turns(self):
         clock = FakeClock()

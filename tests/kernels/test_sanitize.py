@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 CHECK = Path(__file__).parents[2] / "native" / "check"
 USED = "avx2" if torch.backends.cpu.get_cpu_capability().startswith("AVX") else "baseline"
@@ -57,10 +58,11 @@ def check(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     cache = request.config.cache  # there, the next run builds only what has changed
     folder = cache.mkdir("native-check") if cache else tmp_path_factory.mktemp("native-check")
     types = [f"-DTYPES_{instructions}={types}" for instructions, types in BUILT.items()]
-    configured = run("cmake", "-S", CHECK, "-B", folder, "-DSANITIZE=address", *types)
-    assert configured.returncode == 0, configured.stderr
-    built = run("cmake", "--build", folder, "--parallel", "2")
-    assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
+    with FileLock(folder / "lock"):  # all workers of a run share the folder
+        configured = run("cmake", "-S", CHECK, "-B", folder, "-DSANITIZE=address", *types)
+        assert configured.returncode == 0, configured.stderr
+        built = run("cmake", "--build", folder, "--parallel", "2")
+        assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
     return folder / "evenkeel_check"
 
 

@@ -40,6 +40,14 @@ def files(request, tmp_path_factory) -> dict[str, Path]:
     return found
 
 
+@pytest.fixture(scope="module")
+def shown(browser: Browser, files):
+    """The whole study's page, for tests that only look at it; one at a time sizes it."""
+    with opened(browser, files["whole"]) as watched:
+        yield watched.page
+        assert watched.quiet(), (watched.said, watched.asked)
+
+
 @pytest.fixture
 def view(browser: Browser, files):
     """The whole study's page, which must stay quiet whatever a test does with it."""
@@ -95,12 +103,12 @@ def test_a_phone_needs_no_sideways_scrolling(browser, files):
 
 
 class TestLinks:
-    def test_each_leads_to_what_it_names(self, view):
-        for link in view.locator("a[href^='#']").all():
+    def test_each_leads_to_what_it_names(self, shown):
+        for link in shown.locator("a[href^='#']").all():
             target = link.get_attribute("href")
-            assert view.locator(target).count() == 1, target
-        view.locator("nav a", has_text="Provenance").click()
-        assert view.url.endswith("#provenance")
+            assert shown.locator(target).count() == 1, target
+        shown.locator("nav a", has_text="Provenance").click()
+        assert shown.url.endswith("#provenance")
 
     def test_the_policy_stops_scripts_from_elsewhere(self, browser, files, tmp_path):
         page = files["whole"].read_text(encoding="utf-8")
@@ -154,13 +162,13 @@ class TestKeyboard:
         view.keyboard.press("Tab")
         assert view.evaluate("document.activeElement.closest('section').id") == "answers"
 
-    def test_focus_can_be_seen(self, view):
+    def test_focus_can_be_seen(self, shown):
         for selector in ("#curves summary", "#arms .scroll", "#curves input", ".sort"):
-            view.locator(selector).first.focus()
-            view.keyboard.press("Shift+Tab")
-            view.keyboard.press("Tab")
+            shown.locator(selector).first.focus()
+            shown.keyboard.press("Shift+Tab")
+            shown.keyboard.press("Tab")
             width = "getComputedStyle(document.activeElement).outlineWidth"
-            assert view.evaluate(width) == "3px", selector
+            assert shown.evaluate(width) == "3px", selector
 
     def test_a_figures_table_opens(self, view):
         summary = view.locator("#finals > details > summary")
@@ -236,15 +244,15 @@ class TestControls:
 
 
 class TestSchemes:
-    def test_the_dark_is_dark_and_figures_follow(self, view):
+    def test_the_dark_is_dark_and_figures_follow(self, shown):
         look = {}
         for scheme in ("light", "dark", "light"):
-            view.emulate_media(color_scheme=scheme)
-            settled(view)
+            shown.emulate_media(color_scheme=scheme)
+            settled(shown)
             now = (
-                color(view, "body", "background-color"),
-                color(view, "#curves .xtitle", "fill"),
-                color(view, "#finals .point", "fill"),
+                color(shown, "body", "background-color"),
+                color(shown, "#curves .xtitle", "fill"),
+                color(shown, "#finals .point", "fill"),
             )
             assert look.setdefault(scheme, now) == now
         assert all(a != b for a, b in zip(look["light"], look["dark"], strict=True))
@@ -271,21 +279,21 @@ class TestSchemes:
 
 
 class TestSizes:
-    def test_nothing_is_wider_than_the_window(self, view):
+    def test_nothing_is_wider_than_the_window(self, shown):
         drawn = "[...document.querySelectorAll('.plot')].map(p => [p.clientWidth, "
         drawn += "p.querySelector('.main-svg').clientWidth])"
         for width in (320, 360, 600, 900, 1280, 1920):
-            view.set_viewport_size({"width": width, "height": 800})
-            settled(view)
-            assert all(room == used for room, used in view.evaluate(drawn)), width
-            assert view.evaluate("document.documentElement.scrollWidth") == width
+            shown.set_viewport_size({"width": width, "height": 800})
+            settled(shown)
+            assert all(room == used for room, used in shown.evaluate(drawn)), width
+            assert shown.evaluate("document.documentElement.scrollWidth") == width
 
     @pytest.mark.parametrize("width", [360, 1280])
-    def test_labels_stay_inside_and_apart(self, view, width):
+    def test_labels_stay_inside_and_apart(self, shown, width):
         """Ticks and names of arms: none clipped by the figure, none over another."""
-        view.set_viewport_size({"width": width, "height": 800})
-        settled(view)
-        wrong = view.evaluate(
+        shown.set_viewport_size({"width": width, "height": 800})
+        settled(shown)
+        wrong = shown.evaluate(
             """() => [...document.querySelectorAll(".plot")].flatMap((plot) => {
                 const edge = plot.getBoundingClientRect();
                 return [".xtick", ".ytick", ".annotation-text"].flatMap((kind) => {

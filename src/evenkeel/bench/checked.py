@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .results import OURS, Row, reason_of, row_of, wrong
-from .timing import interleaved
+from .timing import SHORTEST, interleaved
 
 __all__ = ["Checked", "checked", "rows_of"]
 
@@ -54,15 +54,20 @@ def checked(
 
 
 def rows_of(
-    name: str, dtype: str, layouts: Mapping[str, Checked], *, seconds: float
+    name: str,
+    dtype: str,
+    layouts: Mapping[str, Checked],
+    *,
+    seconds: float,
+    shortest: float = SHORTEST,
 ) -> Iterator[Row]:
-    """Times all layouts of a network in the same rounds; a row for each."""
+    """Times all layouts of a network in the same rounds, as `interleaved`; a row for each."""
     timed = {
         f"{layout} {side}": call
         for layout, found in layouts.items()
         for side, call in found.sides.items()
     }
-    samples = interleaved(timed, seconds=seconds) if timed else {}
+    samples = interleaved(timed, seconds=seconds, shortest=shortest) if timed else {}
     for layout, found in layouts.items():
         own = {side: samples[f"{layout} {side}"] for side in found.sides}
         yield row_of(

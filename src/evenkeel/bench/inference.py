@@ -32,6 +32,10 @@ BATCHES = (1, 8)
 PREPARING = 3.0
 """About how many seconds all sides of one layout take to fold and trace, torch.compile apart."""
 
+IN_A_ROW = 20e-3
+"""Seconds of calls in a row that make one sample: a network that serves is called again and again,
+and what the call before left in the caches is its own."""
+
 # Weights are rounded once more where a fold is right; where it is wrong outputs are off by 0.1 and
 # more. Relative, in the Euclidean norm.
 ALLOWED = 1e-3
@@ -110,7 +114,8 @@ def estimate(chosen: Sequence[Plan], seconds: float, compiles: bool) -> float:
     total = 0.0
     for plan in chosen:
         sides = (4 + compiles) * len(plan.layouts)
-        total += max(seconds, 7 * plan.guess * sides) + 8 * plan.guess * sides
+        sample = max(plan.guess, IN_A_ROW)
+        total += max(seconds, 7 * sample * sides) + 8 * plan.guess * sides
         total += (PREPARING + COMPILING * compiles) * len(plan.layouts)
     return total
 
@@ -142,7 +147,7 @@ def run(chosen: Sequence[Plan], *, seconds: float, compiles: bool) -> Iterator[R
     """
     for plan in chosen:
         found = {layout: _checked(plan, layout, compiles) for layout in plan.layouts}
-        yield from rows_of(plan.name, "float32", found, seconds=seconds)
+        yield from rows_of(plan.name, "float32", found, seconds=seconds, shortest=IN_A_ROW)
         if compiles:
             torch._dynamo.reset()
 

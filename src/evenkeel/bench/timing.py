@@ -76,6 +76,7 @@ def interleaved(
     seconds: float,
     least: int = 7,
     most: int = 60,
+    shortest: float = SHORTEST,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Samples]:
     """Times all sides in turn.
@@ -84,9 +85,10 @@ def interleaved(
         sides: what to call, by name.
         seconds: the budget for all rounds together; warming up is not counted.
         least, most: rounds, whatever the budget says.
+        shortest: seconds that one sample takes at least.
         clock: tells the time in seconds.
     """
-    calls = _warmed(sides, seconds, clock)
+    calls = _warmed(sides, seconds, shortest, clock)
     taken: dict[str, list[float]] = {name: [] for name in sides}
     faults = dict.fromkeys(sides, 0)
     counted = page_faults() is not None
@@ -142,7 +144,10 @@ def page_faults() -> int | None:
 
 
 def _warmed(
-    sides: Mapping[str, Callable[[], object]], seconds: float, clock: Callable[[], float]
+    sides: Mapping[str, Callable[[], object]],
+    seconds: float,
+    shortest: float,
+    clock: Callable[[], float],
 ) -> dict[str, int]:
     """Runs the sides a few times; returns how many calls of each make a sample long enough.
 
@@ -163,7 +168,7 @@ def _warmed(
         if number + 1 >= WARM_UP and (is_settled or clock() >= end):
             break
     return {
-        name: min(MOST_CALLS, max(1, math.ceil(SHORTEST / max(time, 1e-9))))
+        name: min(MOST_CALLS, max(1, math.ceil(shortest / max(time, 1e-9))))
         for name, time in once.items()
     }
 

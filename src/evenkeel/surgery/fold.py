@@ -61,9 +61,9 @@ def fold(
         model: a network that torch.fx can trace; it is not touched.
         example: an input, a tuple of inputs or a dict of inputs by name.
         pack: True to have the weights of 2-D convolutions also in the order in which the CPU's
-            kernels read them, and the activations behind them done in one call: faster in
-            float32 on a CPU, for the memory of those weights once more. State dict, pickles and
-            exports are those of ordinary convolutions.
+            kernels read them, and the sums and activations behind them done in one call: faster
+            in float32 on a CPU, for the memory of those weights once more. State dict, pickles
+            and exports are those of ordinary convolutions.
 
     Returns:
         The folded network, in the model's types and on its device, and a `FoldReport`.
