@@ -105,12 +105,14 @@ void by_columns(const Problem& p, Index bytes, Reduce reduce_part, Finish finish
 }
 
 // Whether what is written is too large to be found in the cache, in pieces that are mostly whole
-// lines: of parts of lines, stores past the cache are slow.
+// lines: of parts of lines, stores past the cache are slow, on older processors very slow (measured
+// on Zen 3 and Zen 5).
 template <class T>
 bool streams(const Problem& p, bool in_order) {
+  constexpr Index mostly = EVENKEEL_BYTES == 64 ? 768 : 4096;
   const Index size = sizeof(T), run = p.r2 * size;
   return p.owners() * p.count() * size >= stream_from(in_order) &&
-         (in_order || run % 64 == 0 || run >= 768);
+         (in_order || run % 64 == 0 || run >= mostly);
 }
 
 // Whether a tensor begins on a boundary of a vector; a null one does.

@@ -121,9 +121,47 @@ inline VF partial<VF, float>(const float* p, Part part) {
   return reinterpret_cast<VF>(
       _mm256_maskload_ps(p, reinterpret_cast<__m256i>(lanes_below<float>(part.n))));
 }
+// A store under a mask takes AMD's processors 40 operations.
 inline void store_partial(float* p, const VF& v, Part part) {
-  _mm256_maskstore_ps(p, reinterpret_cast<__m256i>(lanes_below<float>(part.n)),
-                      reinterpret_cast<__m256>(v));
+  __m128 rest = _mm256_castps256_ps128(reinterpret_cast<__m256>(v));
+  if (part.n & 4) {
+    _mm_storeu_ps(p, rest), p += 4;
+    rest = _mm256_extractf128_ps(reinterpret_cast<__m256>(v), 1);
+  }
+  if (part.n & 2) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(p), rest), p += 2;
+    rest = _mm_movehl_ps(rest, rest);
+  }
+  if (part.n & 1) _mm_store_ss(p, rest);
+}
+// There is no access of 16-bit lanes under a mask: pieces of four, two and one, by way of integers.
+template <>
+inline VH partial<VH, std::uint16_t>(const std::uint16_t* p, Part part) {
+  std::uint64_t four = 0, rest = 0;
+  if (part.n & 4) std::memcpy(&four, p, 8), p += 4;
+  if (part.n & 1) rest = p[part.n & 2];
+  if (part.n & 2) {
+    std::uint32_t two;
+    std::memcpy(&two, p, 4);
+    rest = rest << 32 | two;
+  }
+  const bool is_long = part.n & 4;
+  return reinterpret_cast<VH>(_mm_set_epi64x(static_cast<long long>(is_long ? rest : 0),
+                                             static_cast<long long>(is_long ? four : rest)));
+}
+inline void store_partial(std::uint16_t* p, const VH& v, Part part) {
+  const __m128i whole = reinterpret_cast<__m128i>(v);
+  auto rest = static_cast<std::uint64_t>(_mm_cvtsi128_si64(whole));
+  if (part.n & 4) {
+    std::memcpy(p, &rest, 8), p += 4;
+    rest = static_cast<std::uint64_t>(_mm_extract_epi64(whole, 1));
+  }
+  if (part.n & 2) {
+    const auto two = static_cast<std::uint32_t>(rest);
+    std::memcpy(p, &two, 4), p += 2;
+    rest >>= 32;
+  }
+  if (part.n & 1) *p = static_cast<std::uint16_t>(rest);
 }
 #endif
 
@@ -181,11 +219,47 @@ inline V whole(const void* p) {
   return v;
 }
 
+// bfloat16 is the upper half of a float; back it is rounded to nearest even, and NaN stays NaN. The
+// compiler's conversions between lanes of two widths go by halves of a vector.
+#if defined(__AVX512F__)
+inline VF widen(VH h, bf16) {
+  const __m512i wide = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(h));
+  return reinterpret_cast<VF>(_mm512_slli_epi32(wide, 16));
+}
+inline VH narrow(VF v, bf16) {
+  const __m512i u = reinterpret_cast<__m512i>(v), high = _mm512_srli_epi32(u, 16);
+  const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+  const __m512i half = _mm512_add_epi32(u, _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(half, odd), 16);
+  const __m512 f = reinterpret_cast<__m512>(v);
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q);
+  const __m512i all = _mm512_mask_or_epi32(rounded, is_nan, high, _mm512_set1_epi32(0x40));
+  return reinterpret_cast<VH>(_mm512_cvtepi32_epi16(all));
+}
+#elif defined(__AVX2__)
+inline VF widen(VH h, bf16) {
+  const __m256i both = _mm256_broadcastsi128_si256(reinterpret_cast<__m128i>(h));
+  const __m256i upper = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,
+                                         -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
+  return reinterpret_cast<VF>(_mm256_shuffle_epi8(both, upper));
+}
+inline VH narrow(VF v, bf16) {
+  const __m256 f = reinterpret_cast<__m256>(v);
+  const __m256i u = reinterpret_cast<__m256i>(v), high = _mm256_srli_epi32(u, 16);
+  const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+  const __m256i half = _mm256_add_epi32(u, _mm256_set1_epi32(0x7fff));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(half, odd), 16);
+  const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(f, f, _CMP_UNORD_Q));
+  const __m256i all = _mm256_blendv_epi8(rounded, quiet, is_nan);
+  const __m128i low = _mm256_castsi256_si128(all);
+  return reinterpret_cast<VH>(_mm_packus_epi32(low, _mm256_extracti128_si256(all, 1)));
+}
+#else
 inline VF widen(VH h, bf16) {
   VU u = __builtin_convertvector(h, VU) << 16;
   return reinterpret_cast<VF>(u);
 }
-
 inline VH narrow(VF v, bf16) {
   VU u = reinterpret_cast<VU>(v);
   VU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
@@ -193,6 +267,7 @@ inline VH narrow(VF v, bf16) {
   VU is_nan = reinterpret_cast<VU>(v != v);
   return __builtin_convertvector((is_nan & quiet) | (~is_nan & rounded), VH);
 }
+#endif
 
 #if defined(__AVX512F__)
 inline VF widen(VH h, f16) {
