@@ -138,12 +138,13 @@ struct Columns {
     const Index stride = width, b0 = s.b0;
     auto add = [=](Index b, auto load) INLINE {
       const V pivot = whole<V>(pivots + b - b0);
-      V off = whole<V>(first + b - b0), square = whole<V>(second + b - b0);
+      V off{}, square{};  // a sum of sums: its roundings are a third of those of one after another
       for (int m = 0; m < Many; ++m) {
         const V d = load(q + m * stride + b) - pivot;
         off += d;
         square += d * d;
       }
+      off += whole<V>(first + b - b0), square += whole<V>(second + b - b0);
       std::memcpy(first + b - b0, &off, sizeof off);
       std::memcpy(second + b - b0, &square, sizeof square);
     };

@@ -59,6 +59,16 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_variances_of_few_rows(dtype) -> None:
+    """Where one tile is nearly all, and sums of one row after another are off by most."""
+    x = (torch.randn(72, 20_000, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+    moments = NATIVE.stats(x, view_of(x.shape, x.stride(), (1,)))
+    wanted = x.double().var(0, correction=0) * 72
+    assert float(((moments.m2 - wanted) / wanted).abs().max()) <= 5e-7  # the bound is 1e-6
+
+
 @pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_however_the_work_is_divided(threads, shape, last) -> None:
