@@ -278,6 +278,18 @@ class TestChangedWeights:
         own.activation = "relu"
         assert_same(conv, own, x, torch.relu)
 
+    @torch.no_grad()
+    def test_weights_that_are_computed_at_every_call(self, reordering):
+        conv, x = conv_and_input()
+        own = packed(conv, "relu")
+        own(x)
+        for net in (conv, own):
+            torch.nn.utils.parametrizations.weight_norm(net)
+            net.parametrizations.weight.original0.mul_(2)
+        assert torch.equal(own(x), torch.relu(conv(x)))
+        torch.nn.utils.parametrize.remove_parametrizations(own, "weight")
+        assert_same(nn.Sequential(conv, nn.ReLU()), own, x)
+
     def test_weights_without_a_version(self, reordering):
         with torch.inference_mode():
             conv, x = conv_and_input()

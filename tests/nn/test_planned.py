@@ -190,6 +190,11 @@ CHANGES = {
     "another forward": lambda net, other: setattr(
         net.block.one, "forward", other.block.one.forward
     ),
+    "a weight norm": lambda net, other: setattr(
+        nn.utils.parametrizations.weight_norm(net.block.two).parametrizations.weight,
+        "original0",
+        nn.Parameter(2 * net.block.two.parametrizations.weight.original0),
+    ),
     "double": lambda net, other: net.double(),
 }
 
@@ -210,6 +215,20 @@ class TestChanges:
             assert found.dtype == wanted.dtype
             assert torch.allclose(found, wanted, atol=1e-6)
         assert not torch.allclose(found, pair()[1](x.float()).to(found.dtype), atol=1e-6)
+
+    @torch.no_grad()
+    def test_compiled_in_place(self):
+        plain, own = pair()
+        x, seen = images(), []
+
+        def backend(graph, inputs):
+            seen.append(graph)
+            return graph
+
+        own(x), own(x)
+        own.compile(backend=backend)
+        assert torch.allclose(own(x), plain(x), atol=1e-6)
+        assert seen
 
     def test_hooks_on_all_modules(self):
         _, own = pair()

@@ -42,7 +42,7 @@ class Packed(nn.Module):
     _way: Way | None = None
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
         adds = residual is not None
         if not _applies(input, weight, bias, residual):
             y = super().forward(input)
@@ -57,7 +57,7 @@ class Packed(nn.Module):
 
         The weight's values are not looked at.
         """
-        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
         return weight is way.weight and bias is way.bias and self._key() == way.key
 
     def _keeps(self, way: Way) -> bool:
@@ -185,7 +185,7 @@ def is_open(x: Any) -> bool:
 
 def _applies(x: Any, weight: Any, *others: Any) -> bool:
     """True if a fast way may be taken: dense float32 on the CPU, and no gradient is recorded."""
-    if not is_open(x):
+    if weight is None or not is_open(x):  # None where it is computed anew at every call
         return False
     given = [x, weight, *(t for t in others if t is not None)]
     for t in given:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from types import CodeType, FunctionType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,8 +23,6 @@ from .packed import Packed, is_open
 from .ways import RunWith, Way
 
 __all__ = ["PlannedGraph", "as_kind"]
-
-G = TypeVar("G", bound=fx.GraphModule)
 
 
 class _Forward(NamedTuple):
@@ -90,7 +88,7 @@ class _Plan:
 
 
 class PlannedGraph(fx.GraphModule):
-    """A `torch.fx.GraphModule` that is called as its docstring's module says; see `as_kind`."""
+    """A `torch.fx.GraphModule` that is called by a plan; made by `as_kind`."""
 
     _plan: _Plan | None = None
 
@@ -121,6 +119,7 @@ class PlannedGraph(fx.GraphModule):
             and is_open(args[0])
             and all(x.is_cpu for x in args)
             and "forward" not in self.__dict__
+            and self._compiled_call_impl is None
             and not (self._forward_hooks or self._forward_pre_hooks or _has_any_global_hook())  # type: ignore[no-untyped-call]
         )
 
