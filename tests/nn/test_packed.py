@@ -11,6 +11,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from torch import nn
 
 from evenkeel.errors import ConfigError
@@ -289,6 +290,16 @@ class TestChangedWeights:
         assert torch.equal(own(x), torch.relu(conv(x)))
         torch.nn.utils.parametrize.remove_parametrizations(own, "weight")
         assert_same(nn.Sequential(conv, nn.ReLU()), own, x)
+
+    @pytest.mark.parametrize("name", ["weight", "bias"])
+    @torch.no_grad()
+    def test_pruned(self, name, reordering):
+        conv, x = conv_and_input()
+        own = packed(conv, "relu")
+        own(x)
+        for net in (conv, own):
+            torch.nn.utils.prune.l1_unstructured(net, name, 0.5)
+        assert torch.equal(own(x), torch.relu(conv(x)))
 
     def test_weights_without_a_version(self, reordering):
         with torch.inference_mode():

@@ -129,6 +129,17 @@ class TestPlan:
             assert torch.allclose(own(x, scale=scale), plain(x, scale), atol=1e-6)
             assert torch.allclose(own(x, 2.0), plain(x, 2.0), atol=1e-6)
 
+    def test_other_layouts_go_where_the_modules_take_them(self):
+        plain, own = pair(nn.Sequential(nn.Conv2d(16, 8, 3), nn.Conv2d(8, 8, 1)))
+        x = torch.randn(2, 16, 24, 24)
+        with torch.no_grad():
+            own(x), own(x)
+            found, wanted = own(x.to_mkldnn()), plain(x.to_mkldnn())
+            assert found.layout == wanted.layout
+            assert torch.allclose(found.to_dense(), wanted.to_dense(), atol=1e-5)
+            with pytest.raises(RuntimeError, match=r"sparse"):
+                own(x.to_sparse())
+
     def test_shapes_that_depend_on_values(self):
         class Chosen(nn.Module):
             def __init__(self):

@@ -42,9 +42,9 @@ class Packed(nn.Module):
     _way: Way | None = None
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
-        adds = residual is not None
-        if not _applies(input, weight, bias, residual):
+        own, adds = self._parameters, residual is not None
+        is_whole = "weight" in own and "bias" in own  # else one is computed anew at every call
+        if not (is_whole and _applies(input, own["weight"], own["bias"], residual)):
             y = super().forward(input)
             return activate(y + residual if adds else y, activation_of(self.activation))
         way = self._way
@@ -185,7 +185,7 @@ def is_open(x: Any) -> bool:
 
 def _applies(x: Any, weight: Any, *others: Any) -> bool:
     """True if a fast way may be taken: dense float32 on the CPU, and no gradient is recorded."""
-    if weight is None or not is_open(x):  # None where it is computed anew at every call
+    if not is_open(x):
         return False
     given = [x, weight, *(t for t in others if t is not None)]
     for t in given:

@@ -117,7 +117,7 @@ class PlannedGraph(fx.GraphModule):
             and bool(args)
             and all(type(x) in PLAIN for x in args)
             and is_open(args[0])
-            and all(x.is_cpu for x in args)
+            and all(x.is_cpu and x.layout is torch.strided for x in args)
             and "forward" not in self.__dict__
             and self._compiled_call_impl is None
             and not (self._forward_hooks or self._forward_pre_hooks or _has_any_global_hook())  # type: ignore[no-untyped-call]
@@ -194,7 +194,7 @@ def _guarded(conv: Packed, way: Way) -> RunWith:
     run, shape, adds = way.run, way.shape, way.adds
 
     def call(x: Tensor, residual: Tensor | None = None) -> Tensor:
-        fits = x.shape == shape and x.dtype is torch.float32
+        fits = x.shape == shape and x.dtype is torch.float32 and x.layout is torch.strided
         if fits and (residual is None or (adds and residual.dtype is torch.float32)):
             return run(x, residual)
         y: Tensor = conv(x, residual)
