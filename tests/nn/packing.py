@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -50,3 +52,12 @@ def assert_same(conv, own, x, function=ACTIVATIONS[None]):
 def conv_and_input(channels=16, size=9, batch=2, **settings):
     settings = {"kernel_size": 3, "padding": 1} | settings
     return nn.Conv2d(channels, 24, **settings).eval(), torch.randn(batch, channels, size, size)
+
+
+def in_threads(run: Callable[[int], None]) -> None:
+    """Four at once, each with a number of its own."""
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()

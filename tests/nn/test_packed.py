@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
-import threading
 import warnings
 
 import pytest
@@ -18,7 +17,17 @@ from evenkeel.errors import ConfigError
 from evenkeel.nn import ways
 from evenkeel.nn.packed import PackedConv2d, pack_module, unpacked
 
-from .packing import ACTIVATIONS, LAYOUTS, TOLERANCE, assert_same, conv_and_input, off, packed, way
+from .packing import (
+    ACTIVATIONS,
+    LAYOUTS,
+    TOLERANCE,
+    assert_same,
+    conv_and_input,
+    in_threads,
+    off,
+    packed,
+    way,
+)
 
 SETTINGS = {
     "pointwise": {"kernel_size": 1},
@@ -192,11 +201,7 @@ class TestWays:
                 wanted = torch.relu(conv(x))
                 wrong.extend(seed for _ in range(30) if off(own(x), wanted) > TOLERANCE)
 
-        threads = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(run)
         assert not wrong
 
 

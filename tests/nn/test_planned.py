@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import threading
 
 import pytest
 import torch
@@ -14,6 +13,8 @@ from torch import fx, nn
 from evenkeel.nn import ways
 from evenkeel.nn.packed import KINDS, pack_module
 from evenkeel.nn.planned import PlannedGraph, as_kind
+
+from .packing import in_threads
 
 
 @pytest.fixture(autouse=True)
@@ -170,11 +171,7 @@ class TestPlan:
                     seed for _ in range(30) if not torch.allclose(own(x), wanted, atol=1e-5)
                 )
 
-        threads = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(run)
         assert not wrong
 
 

@@ -1,9 +1,9 @@
 """Convolutions for inference on a CPU, their weights in the order in which oneDNN reads them.
 
 Torch's own convolution reorders the weight at every call, and computes small batches without
-oneDNN. Here the weight is reordered once and kept, and the activation is taken in where the kernel
-has it with torch's handling of NaN. All else is the ordinary convolution: state dict, pickle, copy,
-export, training and other devices.
+oneDNN. Here the weight is reordered once and kept, and what comes behind, a sum and an activation,
+is done in the same call. All else is the ordinary convolution: state dict, pickle, copy, export,
+training and other devices.
 """
 
 from __future__ import annotations
@@ -111,24 +111,13 @@ class PackedConvTranspose2d(Packed, nn.ConvTranspose2d):  # type: ignore[misc]
     """`torch.nn.ConvTranspose2d` with an activation, as `PackedConv2d`; without ``output_size``."""
 
     def _sizes(self, x: Tensor) -> Sequence[int] | None:
-        weight: Any = self.weight
-        padding: Any = self.padding
-        settings = list(
-            zip(
-                self.stride,
-                padding,
-                self.output_padding,
-                self.dilation,
-                weight.shape[2:],
-                strict=True,
-            )
-        )
-        if x.dim() != 4 or x.shape[1] != len(weight):
+        if x.dim() != 4 or x.shape[1] != len(self.weight):
             return None
-        if any(o >= max(s, d) for s, _, o, d, _ in settings):
+        each: Any = (x.shape[2:], self.stride, self.padding, self.output_padding, self.dilation)
+        axes = list(zip(*each, self.weight.shape[2:], strict=True))
+        if any(o >= max(s, d) for _, s, _, o, d, _ in axes):
             return None
-        axes = zip(x.shape[2:], settings, strict=True)
-        return [(n - 1) * s - 2 * p + o + d * (k - 1) + 1 for n, (s, p, o, d, k) in axes]
+        return [(n - 1) * s - 2 * p + o + d * (k - 1) + 1 for n, s, p, o, d, k in axes]
 
 
 KINDS: dict[type[nn.Module], type[Packed]] = {

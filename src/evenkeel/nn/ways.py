@@ -86,7 +86,7 @@ def found(
         return Way("torch", _run(torchs, by_torch(act)), *kept)
     attribute = "none" if adds else _ATTRIBUTES.get(act.name, "none")
     scalars = (act.slope,) if attribute == "leaky_relu" else ()
-    compute = (_transposed if is_transposed else _reordered)(conv, x.shape, attribute, scalars)
+    compute = _reordered(conv, x.shape, attribute, scalars)
     finish = tail(act if attribute == "none" else activation_of(None), None, shape)
     own = weight.detach()
     flat = own.as_strided((own.numel(),), (1,)) if _fills(own) else own.flatten()
@@ -139,22 +139,20 @@ def _product(conv: nn.Conv2d, shape: tuple[int, ...]) -> Run:
 
 
 def _reordered(conv: Any, shape: torch.Size, attribute: str, scalars: tuple[float, ...]) -> Run:
-    settings = (padding_of(conv), conv.stride, conv.dilation, conv.groups)
-    weight = torch.ops.mkldnn._reorder_convolution_weight(
-        conv.weight.detach(), *settings, list(shape)
-    )
+    """A convolution by a weight in oneDNN's order, which depends on the input's shape."""
+    ops: Any = torch.ops.mkldnn
+    if isinstance(conv, nn.ConvTranspose2d):
+        reorder, function = (
+            ops._reorder_convolution_transpose_weight,
+            ops._convolution_transpose_pointwise.default,
+        )
+        places: tuple[Any, ...] = (conv.padding, conv.output_padding)
+    else:
+        reorder, function = ops._reorder_convolution_weight, ops._convolution_pointwise.default
+        places = (padding_of(conv),)
+    settings = (*places, conv.stride, conv.dilation, conv.groups)
+    weight = reorder(conv.weight.detach(), *settings, list(shape))
     rest = (weight, conv.bias, *settings, attribute, scalars, "")
-    function: Any = torch.ops.mkldnn._convolution_pointwise.default
-    return lambda x: function(x, *rest)
-
-
-def _transposed(conv: Any, shape: torch.Size, attribute: str, scalars: tuple[float, ...]) -> Run:
-    settings = (conv.padding, conv.output_padding, conv.stride, conv.dilation, conv.groups)
-    weight = torch.ops.mkldnn._reorder_convolution_transpose_weight(
-        conv.weight.detach(), *settings, list(shape)
-    )
-    rest = (weight, conv.bias, *settings, attribute, scalars, "")
-    function: Any = torch.ops.mkldnn._convolution_transpose_pointwise.default
     return lambda x: function(x, *rest)
 
 
