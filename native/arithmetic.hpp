@@ -1,88 +1,15 @@
-// The arithmetic of one value: activations and their derivatives, moments, and the constants of an
-// owner in the precision of the loops.
+// The arithmetic of one owner: its moments, and its constants in the precision of the loops.
 #pragma once
 #include <algorithm>
 
-#include "vector.hpp"
+#include "activation.hpp"
 
 namespace evenkeel {
 namespace EVENKEEL_ISA {
 
-inline VF exponential(VF x) {
-  // x = n ln 2 + r, |r| <= ln 2 / 2; exp(r) by its series; ln 2 in two parts for an exact r.
-  typedef Vec<float>::mask VI;
-  VF n = x * 1.44269504088896341f;
-  n = (n + 12582912.0f) - 12582912.0f;  // rounds to an integer
-  VF r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  VF p = r * (1.0f / 5040) + (1.0f / 720);
-  p = p * r + (1.0f / 120);
-  p = p * r + (1.0f / 24);
-  p = p * r + (1.0f / 6);
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  VI is_small = x < -87.0f, is_large = x > 88.0f;
-  VI bits = __builtin_convertvector(is_small | is_large ? VF{} : n, VI);
-  VI scaled = (bits + 127) << 23;
-  VF y = p * reinterpret_cast<VF>(scaled);
-  const VF infinite = spread<VF>(std::numeric_limits<float>::infinity());
-  y = is_small ? VF{} : (is_large ? infinite : y);
-  return x == x ? y : x;
-}
-
-inline Vec<double>::type exponential(Vec<double>::type x) {
-  for (unsigned i = 0; i < sizeof(x) / 8; ++i) x[i] = std::exp(x[i]);
-  return x;
-}
-
-// What is kept NaN and what becomes zero is torch's choice, at the kinks too.
-template <Act A, class V, class C>
-inline V activate(V z, C slope) {
-  const V zero{};
-  if constexpr (A == Act::relu) return z <= zero ? zero : z;
-  if constexpr (A == Act::leaky) return z > zero ? z : z * slope;
-  if constexpr (A == Act::relu6) {
-    const V six = zero + C(6);
-    return z <= zero ? zero : (z >= six ? six : z);
-  }
-  if constexpr (A == Act::silu) return z / (C(1) + exponential(-z));
-  return z;
-}
-
-template <Act A, class V, class C>
-inline V before_activation(V dy, V z, C slope) {
-  const V zero{};
-  if constexpr (A == Act::relu) return z <= zero ? zero : dy;
-  if constexpr (A == Act::leaky) return z > zero ? dy : dy * slope;
-  if constexpr (A == Act::relu6) return (z <= zero) | (z >= zero + C(6)) ? zero : dy;
-  if constexpr (A == Act::silu) {
-    const V s = C(1) / (C(1) + exponential(-z));
-    return dy * s * (C(1) + z * (C(1) - s));
-  }
-  return dy;
-}
-
-// Whether the gradient passes the activation unchanged; where not, it is zero or the slope's part.
-template <Act A, class C, class V>
-inline unsigned passing(V z) {
-  const V zero{};
-  if constexpr (A == Act::leaky) return bits_of<C>(z > zero);
-  if constexpr (A == Act::relu6) return bits_of<C>(~((z <= zero) | (z >= zero + C(6))));
-  return bits_of<C>(~(z <= zero));
-}
-
-// `before_activation` from those bits.
-template <Act A, class C, class V>
-inline V before_activation_by(unsigned passes, V dy, C slope) {
-  return pick<C>(passes, dy, A == Act::leaky ? dy * slope : V{});
-}
-
 // Where the value that decides about a gradient comes from: x alone, x and a residual, or the bits
 // that forward kept.
 enum class Source { x, sum, mask };
-
-// Activations whose gradient one bit decides.
-constexpr bool has_mask(Act a) { return a == Act::relu || a == Act::leaky || a == Act::relu6; }
 
 // How many values, their mean and their sum of squared deviations.
 struct Moments {

@@ -220,8 +220,8 @@ struct Columns {
   template <Act A, bool R>
   void apply(const Slab& s, bool stream) const {
     const Table table(*this, s, false);
-    const C slope = static_cast<C>(p.slope);
-    const bool keeps = R && has_mask(A) && p.mask;
+    const Activation<A, C> activation(p);
+    const bool keeps = R && has_mask(p.act) && p.mask;
     const Index stride = width, b0 = s.b0;
     backwards(s, stream, [&, this](Index i, auto many) INLINE {
       const T *x = in(p.x, i), *r = R ? in(p.residual, i) : nullptr;
@@ -235,8 +235,8 @@ struct Columns {
           const Index at = m * stride + b;
           V z = (load(x + at) - high) * scale + shift;
           if constexpr (R) z += load(r + at);
-          if (R && has_mask(A) && keeps) write_bits(bits[m] + b / L * bytes, passing<A, C>(z));
-          store(y + at, activate<A>(z, slope));
+          if (R && has_mask(A) && keeps) write_bits(bits[m] + b / L * bytes, activation.passing(z));
+          store(y + at, activation(z));
         }
       };
       across(
@@ -255,13 +255,13 @@ struct Columns {
 
   template <Act A, Source R>
   INLINE static V dz_of(V d, V scale, V shift, V g, V added, const std::uint8_t* bits, Index vector,
-                        C slope) {
+                        const Activation<A, C>& activation) {
     if constexpr (A == Act::none) return g;
     if constexpr (R == Source::mask && has_mask(A))
-      return before_activation_by<A, C>(read_bits(bits + vector * bytes), g, slope);
+      return activation.gradient_by(read_bits(bits + vector * bytes), g);
     V z = d * scale + shift;
     if constexpr (R == Source::sum) z += added;
-    return before_activation<A>(g, z, slope);
+    return activation.gradient(g, z);
   }
 
   // Adds sum(dz) and sum(dz * (x - high)) of each column to those of the owners.
@@ -269,7 +269,7 @@ struct Columns {
   void sums(const Slab& s, double* dz_sum, double* dz_x_sum) const {
     const Table table(*this, s, false);
     Sums sums(padded(s.width()));
-    const C slope = static_cast<C>(p.slope);
+    const Activation<A, C> activation(p);
     constexpr bool adds = R == Source::sum && A != Act::none;
     const Index stride = width, b0 = s.b0;
     C *first = sums.first.data(), *second = sums.second.data();
@@ -287,7 +287,7 @@ struct Columns {
             const Index at = m * stride + b;
             const V d = load(x + at) - high;
             const V dz = dz_of<A, R>(d, scale, shift, load(dy + at), adds ? load(r + at) : V{},
-                                     bits[m], b / L, slope);
+                                     bits[m], b / L, activation);
             one += dz;
             two += dz * d;
           }
@@ -314,7 +314,7 @@ struct Columns {
   template <Act A, Source R>
   void gradients(const Slab& s, bool stream) const {
     const Table table(*this, s, true);
-    const C slope = static_cast<C>(p.slope);
+    const Activation<A, C> activation(p);
     constexpr bool adds = R == Source::sum && A != Act::none;
     const bool writes_dr = R != Source::x && p.dresidual, from_batch = p.from_batch;
     const Index stride = width, b0 = s.b0;
@@ -331,7 +331,7 @@ struct Columns {
           const Index at = m * stride + b;
           const V d = load(x + at) - high;
           const V dz = dz_of<A, R>(d, scale, shift, load(dy + at), adds ? load(r + at) : V{},
-                                   bits[m], b / L, slope);
+                                   bits[m], b / L, activation);
           store(dx + at, from_batch ? ka * dz + (kb * d + kc) : ka * dz);
           if (R != Source::x && writes_dr) store(dr + at, dz);
         }

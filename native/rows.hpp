@@ -186,8 +186,8 @@ struct Rows {
   template <Act A, bool R>
   void apply(const Segment& s, bool stream) const {
     const auto k = Constants<C>::of(p, owner, false);
-    const C slope = static_cast<C>(p.slope);
-    const bool keeps = R && has_mask(A) && p.mask;
+    const Activation<A, C> activation(p);
+    const bool keeps = R && has_mask(p.act) && p.mask;
     const auto each = [&](Index i, Index start, const Cut<L>& cut, Index ahead) INLINE {
       const T *x = in(p.x, start), *r = R ? in(p.residual, start) : nullptr;
       T* y = out(p.y, start);
@@ -199,8 +199,8 @@ struct Rows {
         V z = (v - k.high) * k.scale + k.shift;
         if constexpr (R) z += added;
         if (R && has_mask(A) && keeps)
-          write_bits(bits + (lead + at) / L * bytes, passing<A, C>(z));
-        return activate<A>(z, slope);
+          write_bits(bits + (lead + at) / L * bytes, activation.passing(z));
+        return activation(z);
       };
       sweep(
           cut,
@@ -220,19 +220,19 @@ struct Rows {
   // What reaches a value before the activation: bits are those of its vector.
   template <Act A, Source R>
   INLINE V dz_of(const Constants<C>& k, V d, V g, V added, const std::uint8_t* bits, Index vector,
-                 C slope) const {
+                 const Activation<A, C>& activation) const {
     if constexpr (A == Act::none) return g;
     if constexpr (R == Source::mask && has_mask(A))
-      return before_activation_by<A, C>(read_bits(bits + vector * bytes), g, slope);
+      return activation.gradient_by(read_bits(bits + vector * bytes), g);
     V z = d * k.scale + k.shift;
     if constexpr (R == Source::sum) z += added;
-    return before_activation<A>(g, z, slope);
+    return activation.gradient(g, z);
   }
 
   template <Act A, Source R>
   void sums(const Segment& s, double& dz_sum, double& dz_x_sum) const {
     const auto k = Constants<C>::of(p, owner, false);
-    const C slope = static_cast<C>(p.slope);
+    const Activation<A, C> activation(p);
     constexpr bool adds = R == Source::sum && A != Act::none;
     tiles(s, [&](Index i, Index runs, Index j, Index n) {
       V one[4] = {}, two[4] = {};
@@ -245,7 +245,7 @@ struct Rows {
           foresee(x + at, ahead), foresee(dy + at, ahead);
           if constexpr (adds) foresee(r + at, ahead);
           const V d = v - k.high;
-          const V dz = dz_of<A, R>(k, d, g, added, bits, (lead + at) / L, slope);
+          const V dz = dz_of<A, R>(k, d, g, added, bits, (lead + at) / L, activation);
           one[chain] += dz;
           two[chain] += dz * d;
         };
@@ -269,7 +269,7 @@ struct Rows {
   template <Act A, Source R>
   void gradients(const Segment& s, bool stream) const {
     const auto k = Constants<C>::of(p, owner, true);
-    const C slope = static_cast<C>(p.slope);
+    const Activation<A, C> activation(p);
     constexpr bool adds = R == Source::sum && A != Act::none;
     const bool writes_dr = R != Source::x && p.dresidual, from_batch = p.from_batch;
     const auto each = [&](Index i, Index start, const Cut<L>& cut, Index ahead) INLINE {
@@ -282,7 +282,7 @@ struct Rows {
         if (!stream) foresee_store(dx + at, ahead);
         if (R != Source::x && writes_dr && !stream) foresee_store(dr + at, ahead);
         const V d = v - k.high;
-        const V dz = dz_of<A, R>(k, d, g, added, bits, (lead + at) / L, slope);
+        const V dz = dz_of<A, R>(k, d, g, added, bits, (lead + at) / L, activation);
         write(dx + at, from_batch ? k.a * dz + (k.b * d + k.c) : k.a * dz);
         if (R != Source::x && writes_dr) write(dr + at, dz);
       };
