@@ -1,7 +1,9 @@
 # make study: install into .venv and run the default study.   make test: install and run all tests.
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# What is not compiled to bytecode here is at its first import, and most never is.
+PIP := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check \
+  --constraint constraints.txt
 
 .PHONY: study test check lint types clean
 .DEFAULT_GOAL := help
