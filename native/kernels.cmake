@@ -12,7 +12,8 @@ function(add_kernels target source)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
     target_compile_definitions(${target} PRIVATE EVENKEEL_X86)
     list(APPEND names avx2 avx512)
-    list(APPEND flags_baseline -O1)  # for processors from before 2013; -O3 takes three times as long
+    # For processors from before 2013: what compiles in a fifth of the time.
+    list(APPEND flags_baseline -O1 -DEVENKEEL_FEWER_LOOPS)
   endif()
   foreach(isa ${names})
     add_library(kernels_${isa} OBJECT ${source})

@@ -17,7 +17,7 @@ from filelock import FileLock
 CHECK = Path(__file__).parents[2] / "native" / "check"
 USED = "avx2" if torch.backends.cpu.get_cpu_capability().startswith("AVX") else "baseline"
 BUILT = {"baseline": "", "avx2": "", "avx512": ""} | {USED: "f32"}
-"""One type on one instruction set compiles in half a minute, all of them in five."""
+"""One type on one instruction set compiles in seconds, all of them in minutes."""
 
 PROBE = """
 #include <memory>
@@ -59,7 +59,9 @@ def check(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = cache.mkdir("native-check") if cache else tmp_path_factory.mktemp("native-check")
     types = [f"-DTYPES_{instructions}={types}" for instructions, types in BUILT.items()]
     with FileLock(folder / "lock"):  # all workers of a run share the folder
-        configured = run("cmake", "-S", CHECK, "-B", folder, "-DSANITIZE=address", *types)
+        configured = run(
+            "cmake", "-S", CHECK, "-B", folder, "-DSANITIZE=address", "-DFEWER_LOOPS=ON", *types
+        )
         assert configured.returncode == 0, configured.stderr
         built = run("cmake", "--build", folder, "--parallel", "2")
         assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
@@ -67,7 +69,7 @@ def check(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_the_kernels_are_right_and_stay_within_their_tensors(check: Path) -> None:
-    done = run(check, "--cases", "60")
+    done = run(check, "--cases", "40")
     assert done.returncode == 0, done.stderr[-5000:]
     assert f"cases right: {USED} f32" in done.stdout
     assert "own threads" in done.stdout

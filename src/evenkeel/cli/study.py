@@ -73,6 +73,7 @@ def study(
 
     Every finished trial is kept: run the same command again to go on where it stopped.
     """
+    from ..study.pool import get_ready
     from ..study.run import prepare
 
     choices = (preset, config, data, data_dir, image_size, model, steps)
@@ -96,6 +97,8 @@ def study(
         folder = out or ROOT / (plan.folder_name + suffix)
     keep_blocks()
     where = device_named(device)
+    if not dry_run:
+        get_ready()
     count = workers or (1 if where.type == "cuda" else os.cpu_count() or 1)
     with console.status("Loading the data and trying each arm") as status:
         prepared = prepare(

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
@@ -26,7 +28,7 @@ from .arms import Arm, Plan
 from .data import load
 from .trial import Trial, run_trial
 
-__all__ = ["Pool", "Progress"]
+__all__ = ["Pool", "Progress", "get_ready"]
 
 Job = tuple[Arm, int]
 """An arm and a seed."""
@@ -41,21 +43,47 @@ class Progress:
     step: int
 
 
+def get_ready() -> None:
+    """Begins, in the background, what takes seconds before the first worker can start.
+
+    No worker is a fork of this process, for one that has used torch can hang. On Linux they are
+    forks of one that has only imported it, once for all; macOS's own libraries do not survive even
+    that.
+    """
+    if sys.platform == "linux":
+        from multiprocessing.forkserver import ensure_running, set_forkserver_preload
+
+        set_forkserver_preload([__name__, "torch._dynamo"])  # optimizers import the latter
+        with _without_interrupts():
+            ensure_running()
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Ctrl-C is the parent's business; a child inherits a signal that is ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 class _Worker:
     """A process, the pipe to it, and the job that it has."""
 
     def __init__(self, plan: Plan, device: str) -> None:
-        context = get_context("spawn")  # a fork of a process that has used torch can hang
+        context: Any = get_context("forkserver" if sys.platform == "linux" else "spawn")
         mine, theirs = context.Pipe()
         self.pipe: Connection = mine
         self.job: Job | None = None
-        self.process = context.Process(target=_serve, args=(theirs, plan, device), daemon=True)
-        # Ctrl-C is the parent's business; a child inherits a signal that is ignored.
-        handler = _ignore_interrupts()
-        try:
+        args = (theirs, plan, device, dict(os.environ))
+        self.process = context.Process(target=_serve, args=args, daemon=True)
+        get_ready()
+        with _without_interrupts():
             self.process.start()
-        finally:
-            _restore_interrupts(handler)
         theirs.close()
 
     def give(self, job: Job | None) -> None:
@@ -123,8 +151,10 @@ class Pool:
         return _failed(self._plan, job, f"the worker process ended with {how}{hint}")
 
 
-def _serve(pipe: Connection, plan: Plan, device: str) -> None:
+def _serve(pipe: Connection, plan: Plan, device: str, environment: dict[str, str]) -> None:
     """The worker's life: take a job, send back the trial."""
+    os.environ.clear()  # it may be that of an earlier study in the same process
+    os.environ.update(environment)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     keep_blocks()
@@ -156,14 +186,3 @@ def _die_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
-
-
-def _ignore_interrupts() -> Any:
-    if threading.current_thread() is threading.main_thread():
-        return signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return None
-
-
-def _restore_interrupts(handler: Any) -> None:
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, handler)
