@@ -1,7 +1,9 @@
 // The module evenkeel._native. Tensors come as addresses, checked in evenkeel/kernels/native.py.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 
+#include <array>
 #include <cmath>
 #include <stdexcept>
 #include <string>
@@ -113,6 +115,25 @@ Index mask_bytes(Index k1, Index r1, Index k2, Index r2, int type) {
   return active->mask_bytes(problem(k1, r1, k2, r2, type, 0, 0.0, 0, 1));
 }
 
+using Pair = std::array<Index, 2>;
+
+void depthwise(Index images, Index channels, Pair in, Pair out, Pair size, Pair stride, Pair padding,
+               Pair dilation, int act, double slope, int threads, Address x, Address weight,
+               Address bias, Address y) {
+  evenkeel::Taps t;
+  t.images = images, t.channels = channels;
+  for (int axis = 0; axis < 2; ++axis) {
+    t.in[axis] = in[axis], t.out[axis] = out[axis], t.size[axis] = size[axis];
+    t.stride[axis] = stride[axis], t.padding[axis] = padding[axis];
+    t.dilation[axis] = dilation[axis];
+  }
+  t.act = static_cast<evenkeel::Act>(act), t.slope = slope, t.threads = threads;
+  t.x = at<float>(x), t.weight = at<float>(weight), t.bias = at<float>(bias);
+  t.y = at<float>(y);
+  nb::gil_scoped_release free;
+  active->depthwise(t);
+}
+
 void use(const std::string& name) {
   const auto* found = name == "best" ? &evenkeel::best_kernels() : evenkeel::kernels_named(name.c_str());
   if (!found) throw std::invalid_argument("this processor does not run '" + name + "' kernels");
@@ -126,6 +147,7 @@ NB_MODULE(_native, m) {
   m.def("forward", &forward);
   m.def("backward", &backward);
   m.def("mask_bytes", &mask_bytes);
+  m.def("depthwise", &depthwise);
   m.def("use", &use);
   m.def("instructions", [] { return std::string(active->name); });
   m.def("pool", [] { return std::string(evenkeel::pool_name()); });

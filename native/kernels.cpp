@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "columns.hpp"
+#include "depthwise.hpp"
 #include "machine.hpp"
 #include "rows.hpp"
 #include "threads.hpp"
@@ -279,7 +280,7 @@ Index mask_bytes(const Problem& p) {
 
 extern const Kernels kernels;
 const Kernels kernels{EVENKEEL_NAME(EVENKEEL_ISA), with_type<true>, with_type<false>,
-                      mask_bytes};
+                      mask_bytes, [](const Taps& t) { Depthwise(t).run(); }};
 
 }  // namespace EVENKEEL_ISA
 }  // namespace evenkeel

@@ -47,12 +47,29 @@ struct Problem {
   Index count() const { return r1 * r2; }
 };
 
+// A depthwise convolution of channels last images, with as many outputs as inputs, and what is behind
+// it: y = act(conv(x) + bias). Pairs are of height and width.
+struct Taps {
+  Index images = 0, channels = 0;
+  Index in[2] = {}, out[2] = {}, size[2] = {};
+  Index stride[2] = {1, 1}, padding[2] = {}, dilation[2] = {1, 1};
+  Act act = Act::none;
+  double slope = 0;
+  int threads = 1;
+
+  const float* x = nullptr;
+  const float* weight = nullptr;  // tap by tap, of each all channels
+  const float* bias = nullptr;    // may be null
+  float* y = nullptr;
+};
+
 // One build of the kernels for one instruction set.
 struct Kernels {
   const char* name;
   void (*forward)(const Problem&);
   void (*backward)(const Problem&);
   Index (*mask_bytes)(const Problem&);
+  void (*depthwise)(const Taps&);
 };
 
 }  // namespace evenkeel

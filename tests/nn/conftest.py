@@ -7,15 +7,21 @@ import pytest
 from evenkeel.nn import ways
 
 
+def _by_onednn(monkeypatch):
+    """Every convolution that oneDNN can compute is computed by it."""
+    monkeypatch.setattr(ways, "SMALL", 0)
+    monkeypatch.setattr(ways, "LARGE", 0)
+    monkeypatch.setattr(ways, "FEW", 1 << 40)
+    monkeypatch.setattr(ways, "_is_depthwise", lambda conv: False)
+
+
 @pytest.fixture(params=["oneDNN for all", "as it decides"])
 def limits(request, monkeypatch):
-    """The limits as they are, and such that nothing is too small for oneDNN."""
+    """The choice as it is, and oneDNN for all."""
     if request.param == "oneDNN for all":
-        monkeypatch.setattr(ways, "SMALL", 0)
-        monkeypatch.setattr(ways, "DENSE", 0)
+        _by_onednn(monkeypatch)
 
 
 @pytest.fixture
 def reordering(monkeypatch):
-    monkeypatch.setattr(ways, "SMALL", 0)
-    monkeypatch.setattr(ways, "DENSE", 0)
+    _by_onednn(monkeypatch)

@@ -129,9 +129,15 @@ class TestWays:
         [
             ({"kernel_size": 1, "padding": 0}, "product"),
             ({"kernel_size": 3}, "reordered"),
-            ({"kernel_size": 3, "groups": 16, "outputs": 16}, "reordered"),
+            ({"kernel_size": 3, "groups": 16, "outputs": 16}, "depthwise"),
+            ({"kernel_size": 3, "groups": 16}, "reordered"),
             ({"kernel_size": 3, "size": 3, "batch": 1}, "torch"),
-            ({"kernel_size": 1, "padding": 0, "size": 96, "batch": 8}, "reordered"),
+            ({"kernel_size": 1, "padding": 0, "size": 96, "batch": 8}, "product"),
+            (
+                {"kernel_size": 1, "padding": 0, "size": 4, "channels": 512, "outputs": 1024},
+                "reordered",
+            ),
+            ({"kernel_size": 1, "padding": 0, "channels": 512, "outputs": 1024}, "product"),
             ({"kernel_size": 3, "padding_mode": "reflect"}, "torch"),
         ],
     )

@@ -81,7 +81,7 @@ class TestTransposed:
 def kernels(request, monkeypatch):
     """With our kernels and without."""
     if request.param == "torch":
-        monkeypatch.setattr(tails, "_kernels", lambda shape: None)
+        monkeypatch.setattr(tails, "kernels_for", lambda shape: None)
 
 
 class TestResidual:
