@@ -54,7 +54,7 @@ class Depthwise {
     const Index first = from < 0 ? (step - 1 - from) / step : 0;
     const Index left = t.in[axis] - from;
     const Index end = left <= 0 ? 0 : std::min(t.size[axis], (left + step - 1) / step);
-    return {first, std::max(first, end)};
+    return {first, end};
   }
 
   void row(Index image, Index i) const {

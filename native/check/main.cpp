@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "../threads.hpp"
+#include "depthwise.hpp"
 #include "huge.hpp"
 #include "run.hpp"
 
@@ -110,6 +111,7 @@ int random_cases(const Options& o) {
     std::snprintf(at_work, sizeof at_work, "\nIN evenkeel_check %s\n", text.c_str());
     try {
       run_case(c, o.mistake);
+      depthwise_case(o.seed, k, builds);
     } catch (const std::exception& error) {
       std::fprintf(stderr, "WRONG: %s\n%s", error.what(), at_work);
       return 1;
