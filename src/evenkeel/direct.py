@@ -20,10 +20,10 @@ from .kernels.contract import Activation
 from .kernels.native import ACTS, BOTH, FEW, MAP, REDUCE, TYPES, Native
 from .kernels.select import choose, load
 from .ops import aligned
-from .pattern import NormSpec
+from .pattern import NormSpec, parse
 from .view import View, view_of
 
-__all__ = ["PLAIN", "batch_norm", "is_plain"]
+__all__ = ["PLAIN", "batch_norm", "is_plain", "kernels", "kind_of"]
 
 PLAIN = (Tensor, torch.nn.Parameter)
 """Classes whose operations are torch's own; a subclass may want to see them."""
@@ -111,6 +111,12 @@ def is_plain(x: Any) -> bool:
     )
 
 
+def kind_of(x: Tensor) -> tuple[int, ...] | None:
+    """What the kernels know a tensor with channels by: four numbers and a type; None if not theirs."""
+    plan = _plan(parse("n c ... -> c"), x.shape, x.stride(), x.dtype)
+    return None if plan is None else plan.kind
+
+
 def _fits(one: Tensor | None, other: Tensor | None, shape: torch.Size) -> bool:
     """True for two vectors of that shape and of one type that the kernels read, or for none."""
     if one is None:
@@ -154,7 +160,8 @@ def _plan(
 
 
 @lru_cache(maxsize=1)
-def _kernels() -> Any:
+def kernels() -> Any:
+    """The module of our kernels."""
     native = load("native")
     assert isinstance(native, Native)  # noqa: S101 - it is chosen before
     return native.module
@@ -187,7 +194,7 @@ def _forward(
         y = torch.empty_like(x)
     if phases is None:
         phases = BOTH if from_batch else MAP
-    _kernels().forward(
+    kernels().forward(
         *plan.kind,
         *(ACTS[act.name], act.slope, phases, torch.get_num_threads(), eps),
         *(x.data_ptr(), _address(residual), y.data_ptr(), _address(mask)),
@@ -215,7 +222,7 @@ class _Fused(torch.autograd.Function):
         kept = None if call.act.name == "none" else residual
         mask = None
         if kept is not None and call.act.name in _BITS:
-            size = _kernels().mask_bytes(*call.plan.kind)
+            size = kernels().mask_bytes(*call.plan.kind)
             mask = kept = torch.empty(size, dtype=torch.uint8)
         y = _forward(x, weight, bias, residual, call, mask, *running)
         ctx.save_for_backward(x, weight, bias, kept)
@@ -238,7 +245,7 @@ class _Fused(torch.autograd.Function):
         if wants_residual and kept is not None:
             dresidual = torch.empty_like(x)
         reduces = wants_weight or wants_bias or from_batch
-        _kernels().backward(
+        kernels().backward(
             *kind,
             *(ACTS[act.name], act.slope, (REDUCE if reduces else 0) | (MAP if maps else 0)),
             *(torch.get_num_threads(), from_batch, dy.data_ptr(), x.data_ptr()),
@@ -281,7 +288,7 @@ def _stand_in(
     with torch.no_grad():
         # dy = 1 goes through where the bit is set, and -1 is what stands for a bit that is not.
         passed, dx, through = torch.ones_like(x), torch.empty_like(x), torch.empty_like(x)
-        _kernels().backward(
+        kernels().backward(
             *call.plan.kind,
             *(ACTS["relu"], 0.0, MAP, torch.get_num_threads(), False),
             *(passed.data_ptr(), x.data_ptr(), 0, mask.data_ptr(), dx.data_ptr()),

@@ -7,8 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
+from ..direct import is_plain, kernels, kind_of
 from ..functional import activation_of, batch_norm
+from ..kernels.native import ACTS, MAP
 from ..kernels.reference import activate
 
 __all__ = ["BORDERED", "ScaleShift"]
@@ -47,7 +50,17 @@ class ScaleShift(nn.Module):
         self.register_buffer("center", center)
         self.register_buffer("unit", torch.ones_like(scale), persistent=False)
 
+    _plan: tuple[Any, ...] | None = None
+    """For inputs of one shape, type and order in memory: those three, and what the kernel takes."""
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if residual is None and not torch.is_grad_enabled() and _is_unwatched(x):
+            plan = self._plan
+            if plan is None or plan[:3] != (x.shape, x.stride(), x.dtype):
+                plan = self._plan = self._planned(x)
+            y = self._by_kernel(x, plan)
+            if y is not None:
+                return y
         if self.scale.dim() == 1 and x.dim() > 1 and not _is_traced():
             return batch_norm(
                 x, self.scale, self.shift, self.center, self.unit,
@@ -60,6 +73,37 @@ class ScaleShift(nn.Module):
         y = ((x - center) * scale + shift).to(x.dtype)
         y = y if residual is None else y + residual
         return y if self.activation is None else activate(y, activation_of(self.activation))
+
+    def _planned(self, x: Tensor) -> tuple[Any, ...]:
+        """What the kernel takes, None where it is not the way."""
+        act, kind = activation_of(self.activation), None
+        if self.scale.dim() == 1 and x.dim() > 1 and x.shape[1] == len(self.scale):
+            kind = kind_of(x)
+        what = None if kind is None else (*kind, ACTS[act.name], act.slope, MAP)
+        return x.shape, x.stride(), x.dtype, self.activation, what
+
+    def _by_kernel(self, x: Tensor, plan: tuple[Any, ...]) -> Tensor | None:
+        """The same in a third of the time that `evenkeel.batch_norm` takes to find its way."""
+        own = self._buffers
+        given: Any = own["scale"], own["shift"], own["center"], own["unit"]
+        activation, what = plan[3:]
+        if what is None or self.activation is not activation:
+            return None
+        if not all(_is_vector(t, x.shape[1]) for t in given):
+            return None
+        scale, shift, center, unit = (t.data_ptr() for t in given)
+        y = torch.empty_like(x)
+        memory = torch.empty(3 * x.shape[1], dtype=torch.float64)
+        kernels().forward(
+            *what, torch.get_num_threads(), 0.0, x.data_ptr(), 0, y.data_ptr(), 0,
+            scale, shift, True, memory.data_ptr(), center, unit, True, 0.0,
+        )  # fmt: skip
+        return y
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        state.pop("_plan", None)
+        return state
 
     def extra_repr(self) -> str:
         shape = tuple(self.scale.shape)
@@ -153,6 +197,15 @@ BORDERED: dict[Any, Any] = {
     nn.ConvTranspose3d: BorderedConvTranspose3d,
 }
 """The class that knows its border, for each of torch's."""
+
+
+def _is_unwatched(x: Any) -> bool:
+    """True if nobody follows what is done with a value."""
+    return is_plain(x) and not torch.compiler.is_compiling() and forward_ad._current_level < 0
+
+
+def _is_vector(t: Tensor, length: int) -> bool:
+    return t.shape == (length,) and t.dtype is torch.float32 and t.is_cpu and t.is_contiguous()
 
 
 def _is_traced() -> bool:
