@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import recompute
 from .kernels.contract import Activation
@@ -105,6 +106,7 @@ def is_plain(x: Any) -> bool:
     return (
         type(x) in PLAIN
         and x.is_cpu
+        and forward_ad._current_level < 0
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._get_tracing_state()
@@ -112,7 +114,7 @@ def is_plain(x: Any) -> bool:
 
 
 def kind_of(x: Tensor) -> tuple[int, ...] | None:
-    """What the kernels know a tensor with channels by: four numbers and a type; None if not theirs."""
+    """What the kernels know a tensor with channels by: four numbers and a type; else None."""
     plan = _plan(parse("n c ... -> c"), x.shape, x.stride(), x.dtype)
     return None if plan is None else plan.kind
 

@@ -201,7 +201,7 @@ BORDERED: dict[Any, Any] = {
 
 def _is_unwatched(x: Any) -> bool:
     """True if nobody follows what is done with a value."""
-    return is_plain(x) and not torch.compiler.is_compiling() and forward_ad._current_level < 0
+    return is_plain(x) and not torch.compiler.is_compiling()
 
 
 def _is_vector(t: Tensor, length: int) -> bool:
@@ -209,5 +209,6 @@ def _is_vector(t: Tensor, length: int) -> bool:
 
 
 def _is_traced() -> bool:
-    """True where the plain operations of torch are wanted: they export, compile and script."""
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    """True where torch's plain operations are wanted, which export, compile and have tangents."""
+    is_traced = torch._C._get_tracing_state() is not None
+    return is_traced or torch.compiler.is_compiling() or forward_ad._current_level >= 0

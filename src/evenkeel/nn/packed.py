@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from ..direct import PLAIN, is_plain
 from ..functional import activation_of
@@ -167,7 +166,6 @@ def is_open(x: Any) -> bool:
         ways.HAS_OPS
         and is_plain(x)
         and torch._C._get_mkldnn_enabled()
-        and forward_ad._current_level < 0
         and not torch.is_autocast_enabled("cpu")
     )
 

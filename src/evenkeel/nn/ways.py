@@ -1,7 +1,7 @@
-"""How a packed convolution computes inputs of one shape: which of three ways, and by what.
+"""How a packed convolution computes inputs of one shape: which of four ways, and by what.
 
-A weight in oneDNN's order, the product of two matrices for a convolution of one pixel, or torch's
-own convolution where that is faster.
+A weight in oneDNN's order, the product of two matrices for a convolution of one pixel, our own
+kernel for a depthwise one, or torch's convolution where that is faster.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Way(NamedTuple):
     """How inputs of a shape are computed, and what that was decided from."""
 
     name: str
-    """Reordered, product or torch."""
+    """Reordered, product, depthwise or torch."""
     run: RunWith
     """Input and what is added before the activation, or None, to the output."""
     shape: torch.Size
