@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -223,6 +224,18 @@ def test_folding_what_is_folded_changes_nothing(name):
     assert report.folded == report.left == ()
     assert_same(once, twice, images(name, 3, seed=1).double(), 1e-12)
     assert_same(model, twice, images(name, 3, seed=1).double(), 1e-9)
+
+
+@pytest.mark.parametrize("name", ["pre-activation", "shufflenet", "generator", "u-net"])
+def test_a_folded_network_is_copied_pickled_exported_and_compiled(name):
+    """Even where its annotations are strings, as in files that postpone them."""
+    folded, _ = fold(lively(name), images(name).double())
+    x = images(name, 3, seed=1).double()
+    program = torch.export.export(folded, (x,)).module()
+    compiled = torch.compile(copy.deepcopy(folded), backend="aot_eager", fullgraph=True)
+    for other in (copy.deepcopy(folded), pickle.loads(pickle.dumps(folded)), program, compiled):
+        with torch.no_grad():
+            torch.testing.assert_close(other(x), folded(x), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["vgg", "shufflenet", "generator", "post-activation"])

@@ -201,7 +201,7 @@ BORDERED: dict[Any, Any] = {
 
 def _is_unwatched(x: Any) -> bool:
     """True if nobody follows what is done with a value."""
-    return is_plain(x) and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and is_plain(x)
 
 
 def _is_vector(t: Tensor, length: int) -> bool:

@@ -231,7 +231,11 @@ def _in_inference(model: nn.Module, kind: str) -> fx.GraphModule:
 def _traced(own: nn.Module, kind: str, tracer: _Tracer | None = None) -> fx.GraphModule:
     """The model with its graph in the mode that it is in."""
     try:
-        return fx.GraphModule(own, (tracer or _Tracer()).trace(own), kind)
+        graph = (tracer or _Tracer()).trace(own)
+        for node in graph.nodes:
+            if isinstance(node.type, str):  # an annotation unread, with which nothing pickles
+                node.type = None
+        return fx.GraphModule(own, graph, kind)
     except Exception as error:
         raise SurgeryError(
             f"{kind} cannot be traced by torch.fx ({first_line(error)}); rewrite "
