@@ -1,7 +1,7 @@
 """Settings that every test shares."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,18 @@ settings.load_profile("repeatable")
 def _own_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks of users are imported from the folder at hand; no test leaves its own behind."""
     monkeypatch.setattr(sys, "path", sys.path.copy())
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each set of instructions of the native kernels in turn; the best one again afterwards."""
+    native = pytest.importorskip("evenkeel._native", reason="the native kernels are not built")
+    try:
+        native.use(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    native.use("best")
 
 
 Said = tuple[int, str, str]

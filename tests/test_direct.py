@@ -31,16 +31,6 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def instructions(request: pytest.FixtureRequest) -> Iterator[None]:
-    try:
-        native.use(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield
-    native.use("best")
-
-
 @pytest.fixture(params=[False, True], ids=["", "streaming"])
 def streaming(request: pytest.FixtureRequest) -> Iterator[None]:
     native.set_stream_from(0 if request.param else -1)

@@ -23,17 +23,6 @@ from evenkeel import _native as native
 from evenkeel.kernels.native import Native
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each set in turn; the best one again afterwards."""
-    try:
-        native.use(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    native.use("best")
-
-
 @pytest.mark.usefixtures("instructions")
 class TestNative(Contract):
     name = "native"

@@ -13,14 +13,7 @@ from .packing import ACTIVATIONS, LAYOUTS, assert_same, packed, way
 native = pytest.importorskip("evenkeel._native", reason="the native kernels are not built")
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"], autouse=True)
-def _instructions(request):
-    try:
-        native.use(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield
-    native.use("best")
+pytestmark = pytest.mark.usefixtures("instructions")
 
 
 def depthwise(channels, kernel, **settings):

@@ -150,10 +150,9 @@ def _depthwise(
     oneDNN's call takes 0.1 ms longer, which is more than most of these compute.
     """
     weight, bias = conv.weight.detach().flatten(1).t().contiguous(), conv.bias
-    images, channels, height, width = shape
-    strides = (height * width * channels, 1, width * channels, channels)
+    strides = _channels_last(shape)
     what = (
-        images, channels, given[2:], shape[2:], conv.weight.shape[2:], conv.stride,
+        *shape[:2], given[2:], shape[2:], conv.weight.shape[2:], conv.stride,
         padding_of(conv), conv.dilation, ACTS[act.name], act.slope,
     )  # fmt: skip
 
@@ -176,8 +175,7 @@ def _product(conv: nn.Conv2d, shape: tuple[int, ...]) -> Run:
     """
     matrix, bias = conv.weight.detach().flatten(1).t().contiguous().t(), conv.bias
     (down, right), (outputs, inputs) = conv.stride, matrix.shape
-    images, _, height, width = shape
-    rows, strides = images * height * width, (height * width * outputs, 1, width * outputs, outputs)
+    rows, strides = math.prod(shape) // outputs, _channels_last(shape)
 
     def run(x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1)
@@ -205,6 +203,12 @@ def _reordered(conv: Any, shape: torch.Size, act: Activation) -> Run:
     weight = reorder(conv.weight.detach(), *settings, list(shape))
     rest = (weight, conv.bias, *settings, _ATTRIBUTES.get(act.name, "none"), scalars, "")
     return lambda x: function(x, *rest)
+
+
+def _channels_last(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of (n, c, h, w)."""
+    _, channels, height, width = shape
+    return (height * width * channels, 1, width * channels, channels)
 
 
 def _fills(t: Tensor) -> bool:
