@@ -82,6 +82,16 @@ struct Columns {
     for (; i < end; ++i) f(i, std::integral_constant<int, 1>{});
   }
 
+  // Asks for as much of what lies behind rows q .. q + Many as vector b is of them. Those rows are read
+  // side by side, which the processor foresees badly; what is behind them comes in one sequence.
+  template <int Many>
+  INLINE void foresee(const Slab& s, const T* q, Index b) const {
+    if (Many == 1 || s.width() != width) return;
+    constexpr int line = 64 / sizeof(T);
+    for (int at = 0; at < Many * L; at += line)
+      __builtin_prefetch(q + Many * (width + b) + at, 0, 2);
+  }
+
   // Sums of a tile for each column of a slab, and their totals.
   struct Sums {
     std::vector<C> first, second;
@@ -136,7 +146,8 @@ struct Columns {
     const T* q = in(p.x, r);
     C *first = sums.first.data(), *second = sums.second.data();
     const Index stride = width, b0 = s.b0;
-    auto add = [=](Index b, auto load) INLINE {
+    auto add = [=, this](Index b, auto load) INLINE {
+      foresee<Many>(s, q, b);
       const V pivot = whole<V>(pivots + b - b0);
       V off{}, square{};  // a sum of sums: its roundings are a third of those of one after another
       for (int m = 0; m < Many; ++m) {
@@ -282,6 +293,8 @@ struct Columns {
         auto add = [&](Index b, auto load) INLINE {
           const V high = whole<V>(table.high + b - b0), scale = whole<V>(table.scale + b - b0);
           const V shift = whole<V>(table.shift + b - b0);
+          foresee<many>(s, x, b), foresee<many>(s, dy, b);
+          if constexpr (adds) foresee<many>(s, r, b);
           V one = whole<V>(first + b - b0), two = whole<V>(second + b - b0);
           for (int m = 0; m < many; ++m) {
             const Index at = m * stride + b;

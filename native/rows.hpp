@@ -98,6 +98,10 @@ struct Rows {
     }
   }
   INLINE static void foresee(const T* q, Index ahead) { __builtin_prefetch(q + ahead); }
+  // While an owner is written past the cache, memory has time to bring the next one.
+  INLINE void foresee_next(const T* q, int chain) const {
+    if (chain % (64 / static_cast<int>(L * sizeof(T))) == 0) __builtin_prefetch(q + p.r2, 0, 2);
+  }
   INLINE static void foresee_store(T* q, Index ahead) { __builtin_prefetch(q + ahead, 1); }
 
   // Calls f(first run, runs, offset in the run, length) for parts of about one tile.
@@ -204,7 +208,8 @@ struct Rows {
       };
       sweep(
           cut,
-          [&](Index at, int) INLINE {
+          [&](Index at, int chain) INLINE {
+            if (stream) foresee_next(x + at, chain);
             const V v = value(at, S::load(x + at), R ? S::load(r + at) : V{});
             stream ? S::stream(y + at, v) : S::store(y + at, v);
           },
