@@ -1,10 +1,12 @@
-"""What glibc's settings do to training steps: time, page faults, memory; one process for each case.
+"""What glibc's settings do to training steps: time, page faults, memory.
 
-    python benchmarks/allocator.py [--rounds 3] [--steps 8] [--threads 1] [CASE ...]
+    python benchmarks/allocator.py [--steps 20] [--threads 1] [--side SIDE ...]
+        [--against SIDE] [CASE ...]
 
-A case is a network, or 'wide', one convolution at 224 x 224 with blocks of 196 MiB. Sides are run
-in turn, round after round; each number is the median over rounds, of medians over steps. CPU time
-is the process's own, user and system; it says more than the clock where others compute too.
+A case is a network, or 'wide', one convolution at 224 x 224 with blocks of 196 MiB. Each side is
+run against one of them, two processes that take a step in turn; times are medians over steps, the
+ratio is the median of those of neighbouring steps. CPU time is the process's own, user and system;
+it says more than the clock where others compute too.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from evenkeel import allocator
 
@@ -30,6 +32,7 @@ HUGE = "glibc.malloc.hugetlb=1"
 SIDES: dict[str, tuple[dict[int, int] | str, dict[str, str], bool]] = {
     "default": ({}, {}, False),
     "keep_blocks()": ("keep", {}, False),
+    "kept, small pages": ({MMAP_MAX: 0, TRIM_THRESHOLD: -1, TOP_PAD: 1 << 26}, {}, False),
     "the environment": ({}, allocator.KEEP, False),
     "M_MMAP_MAX alone": ({MMAP_MAX: 0}, {}, False),
     "M_TRIM_THRESHOLD alone": ({TRIM_THRESHOLD: -1}, {}, False),
@@ -44,45 +47,66 @@ SIDES: dict[str, tuple[dict[int, int] | str, dict[str, str], bool]] = {
 CASES = ("mnist", "resnet18", "efficientnet", "wide")
 WARM_UP = 4
 
+Row = dict[str, float]
+
 
 def main() -> None:
-    """Runs all sides of each case and prints a table for each."""
+    """Runs the sides of each case and prints a table for each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
-    for name, value in (("rounds", 3), ("steps", 8), ("threads", 1)):
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--side", action="append", choices=SIDES, metavar="SIDE")
+    parser.add_argument("--against", default="default", choices=SIDES, metavar="SIDE")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.side:
-        print(json.dumps(one(given.cases[0], given.side, given.steps, given.threads)))
+    if given.serve:
+        serve(given.cases[0], given.side[0], given.threads)
         return
     for case in given.cases or CASES:
-        found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-        for _ in range(given.rounds):
-            for side, results in found.items():
-                results.append(in_process(case, side, given.steps, given.threads))
-        print(f"\n{case:28}{'ms':>9}{'CPU ms':>9}{'faults':>10}{'peak MiB':>10}")
-        for side, results in found.items():
-            m = {key: statistics.median(r[key] for r in results) for key in results[0]}
-            print(f"{side:28}{m['ms']:9.1f}{m['cpu']:9.1f}{m['faults']:10,.0f}{m['peak']:10,.0f}")
+        columns = f"{'ms':>9}{'ratio':>7}{'CPU ms':>9}{'ratio':>7}{'faults':>10}{'peak MiB':>10}"
+        print(f"\n{case:28}{columns}")
+        for side in given.side or SIDES:
+            rows = in_turn(case, (given.against, side), given.steps, given.threads)
+            m = {key: statistics.median(row[key] for row in rows[1]) for key in rows[1][0]}
+            ratio = {
+                key: statistics.median(
+                    own[key] / other[key] for other, own in zip(*rows, strict=True)
+                )
+                for key in ("ms", "cpu")
+            }
+            times = "".join(f"{m[key]:9.1f}{ratio[key]:7.2f}" for key in ratio)
+            print(f"{side:28}{times}{m['faults']:10,.0f}{m['peak']:10,.0f}", flush=True)
 
 
-def in_process(case: str, side: str, steps: int, threads: int) -> dict[str, float]:
-    """The numbers of one side, from a process of its own."""
+def in_turn(case: str, sides: Sequence[str], steps: int, threads: int) -> list[list[Row]]:
+    """The steps of each side, which take turns; each in a process of its own."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUN"))}
-    options = ["--side", side, "--steps", str(steps), "--threads", str(threads)]
-    done = subprocess.run(  # noqa: S603
-        [sys.executable, __file__, case, *options],
-        env=clean | SIDES[side][1],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return dict(json.loads(done.stdout))
+    command = [sys.executable, __file__, case, "--serve", "--threads", str(threads), "--side"]
+    pipe = subprocess.PIPE
+    processes = [
+        subprocess.Popen(  # noqa: S603
+            [*command, side], env=clean | SIDES[side][1], stdin=pipe, stdout=pipe, text=True
+        )
+        for side in sides
+    ]
+    found: list[list[Row]] = [[] for _ in sides]
+    for step in range(WARM_UP + steps):
+        for process, rows in zip(processes, found, strict=True):
+            assert process.stdin is not None  # noqa: S101
+            assert process.stdout is not None  # noqa: S101
+            process.stdin.write("step\n")
+            process.stdin.flush()
+            row = json.loads(process.stdout.readline())
+            if step >= WARM_UP:
+                rows.append(row)
+    for process in processes:
+        process.communicate()
+    return found
 
 
-def one(case: str, side: str, steps: int, threads: int) -> dict[str, float]:
-    """Medians of a step's milliseconds and CPU milliseconds, its page faults, the peak memory."""
+def serve(case: str, side: str, threads: int) -> None:
+    """Takes a step for each line of the input, and writes what it took."""
     settings, _, in_thread = SIDES[side]
     if settings == "keep":
         assert allocator.keep_blocks().at_run_time  # noqa: S101
@@ -90,23 +114,17 @@ def one(case: str, side: str, steps: int, threads: int) -> dict[str, float]:
         libc = ctypes.CDLL("libc.so.6")
         for key, value in settings.items():
             assert libc.mallopt(key, value) == 1  # noqa: S101
-    found: dict[str, float] = {}
 
     def run() -> None:
         step = step_of(case, threads)
-        for _ in range(WARM_UP):
-            step()
-        wall, cpu = [], []
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(steps):
+        for _ in sys.stdin:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             started = time.perf_counter(), time.process_time()
             step()
-            wall.append(time.perf_counter() - started[0])
-            cpu.append(time.process_time() - started[1])
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        found["ms"], found["cpu"] = (1e3 * statistics.median(v) for v in (wall, cpu))
-        found["faults"] = (used.ru_minflt - before) / steps
-        found["peak"] = used.ru_maxrss / 1024
+            ms, cpu = time.perf_counter() - started[0], time.process_time() - started[1]
+            used = resource.getrusage(resource.RUSAGE_SELF)
+            row = {"ms": 1e3 * ms, "cpu": 1e3 * cpu, "peak": used.ru_maxrss / 1024}
+            print(json.dumps(row | {"faults": used.ru_minflt - before}), flush=True)
 
     if in_thread:
         thread = threading.Thread(target=run)
@@ -114,7 +132,6 @@ def one(case: str, side: str, steps: int, threads: int) -> dict[str, float]:
         thread.join()
     else:
         run()
-    return found
 
 
 def step_of(case: str, threads: int) -> Callable[[], object]:

@@ -193,6 +193,56 @@ class TestStatus:
 
 
 @glibc_only
+class TestHugePages:
+    """What /proc says of a process that holds one large block."""
+
+    HOLD = (
+        "import re\n"
+        "def huge():\n"
+        "    maps = open('/proc/self/smaps').read()\n"
+        "    return sum(map(int, re.findall(r'AnonHugePages: +(\\d+)', maps))) << 10\n"
+        f"held = b'x' * {LARGE}; before = huge(); del held\n"
+        "text = allocator.keep_blocks().text\n"
+        f"held = b'x' * {2 * LARGE}; found += [before, huge(), text]\n"
+    )
+
+    @pytest.mark.skipif(
+        not GLIBC or "[madvise]" not in allocator._read(allocator._HUGE_PAGES),
+        reason="this system does not give huge pages to programs that ask",
+    )
+    def test_they_are_asked_for(self):
+        before, kept, text = run(self.HOLD)
+        assert before == 0
+        assert kept > 1.5 * LARGE
+        assert text == "glibc keeps large blocks, set at run time, on huge pages"
+
+    def test_the_way_back(self):
+        program = "allocator.default_blocks()\n" * 2
+        program += f"held = b'x' * {LARGE // 8}; found += [huge(), allocator.status().text]\n"
+        *_, after, text = run(self.HOLD + "del held\n" + program)
+        assert after < LARGE // 8
+        assert text == "glibc's default"
+
+    @pytest.mark.parametrize(
+        ("enabled", "overcommit"),
+        [("[always] madvise never", "0"), ("always [madvise] never", "2"), (None, "0")],
+    )
+    def test_they_are_not_asked_for(self, clean, monkeypatch, enabled, overcommit, tmp_path):
+        if enabled is not None:
+            (tmp_path / "enabled").write_text(enabled + "\n")
+        (tmp_path / "overcommit").write_text(overcommit + "\n")
+        monkeypatch.setattr(allocator, "_HUGE_PAGES", tmp_path / "enabled")
+        monkeypatch.setattr(allocator, "_OVERCOMMIT", tmp_path / "overcommit")
+        assert allocator.keep_blocks().text == "glibc keeps large blocks, set at run time"
+
+    def test_a_process_of_limited_memory_keeps_its_room(self):
+        limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 32, -1))\n"
+        _, kept, text = run(limit + self.HOLD)
+        assert kept == 0
+        assert text == "glibc keeps large blocks, set at run time"
+
+
+@glibc_only
 def test_an_allocator_that_was_preloaded_is_left_alone(tmp_path):
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:

@@ -10,6 +10,11 @@ glibc keep them, for the whole process, by ``mallopt``:
   one is of no use.
 - ``M_TOP_PAD = 64 MiB``: heaps of threads other than the main one are not given back when empty.
 
+Where Linux gives huge pages to programs that ask for them, `keep_blocks` asks: it makes the heap as
+large at once as half of the machine's memory, of which nothing is taken before it is used, and
+marks what is new in it by ``madvise``. That saves walks through page tables, a few percent of a
+training step.
+
 What is kept stays with the process until it ends or `default_blocks` is called. ``M_ARENA_MAX`` is
 left alone, for threads would wait for each other in one arena. So blocks above 64 MiB that another
 thread than the main one asks for go back still: they do not fit into a heap of its arena.
@@ -25,6 +30,7 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from .errors import ConfigError, meant
 
@@ -81,8 +87,14 @@ class Status:
         return self.setting == "keep"
 
 
+_HUGE, _NOT_HUGE = 14, 15  # MADV_HUGEPAGE, MADV_NOHUGEPAGE
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
+
 _lock = threading.Lock()
 _is_kept = False
+_huge_from: int | None = None
+"""Where the part of the heap begins that has huge pages; None without one."""
 
 
 def keep_blocks() -> Status:
@@ -98,7 +110,7 @@ def keep_blocks() -> Status:
     Raises:
         ConfigError: ``EVENKEEL_ALLOCATOR`` is neither 'keep' nor 'default'.
     """
-    global _is_kept
+    global _is_kept, _huge_from
     with _lock:
         found = _status()
         libc = _glibc()
@@ -108,6 +120,7 @@ def keep_blocks() -> Status:
             _set(libc, _DEFAULT)
             return Status("default", "glibc's default, for its mallopt refuses another setting")
         _is_kept = True
+        _huge_from = _on_huge_pages(libc)
         return _status()
 
 
@@ -124,13 +137,15 @@ def default_blocks() -> Status:
         ConfigError: ``EVENKEEL_ALLOCATOR`` is neither 'keep' nor 'default'; it is undone all the
             same.
     """
-    global _is_kept
+    global _is_kept, _huge_from
     with _lock:
         libc = _glibc()
         if _is_kept and libc is not None:
             _set(libc, _DEFAULT)
             libc.malloc_trim(0)
-            _is_kept = False
+            if _huge_from is not None:
+                _advise(libc, _huge_from, _end_of_heap(libc), _NOT_HUGE)
+            _is_kept, _huge_from = False, None
         return _status()
 
 
@@ -172,7 +187,9 @@ def _status() -> Status:
         what = f" but that of LD_PRELOAD={preloaded}" if preloaded else ""
         return Status("system", f"not glibc's{what}, so there is nothing to set")
     if _is_kept:
-        return Status("keep", "glibc keeps large blocks, set at run time", at_run_time=True)
+        text = "glibc keeps large blocks, set at run time"
+        text += "" if _huge_from is None else ", on huge pages"
+        return Status("keep", text, at_run_time=True)
     own = variables(os.environ)
     if own == KEEP:
         return Status("keep", "glibc keeps large blocks, set by the environment")
@@ -208,3 +225,38 @@ def _glibc() -> ctypes.CDLL | None:
 def _set(libc: ctypes.CDLL, values: Mapping[int, int]) -> bool:
     taken = [libc.mallopt(key, value) == 1 for key, value in values.items()]
     return all(taken)
+
+
+def _on_huge_pages(libc: ctypes.CDLL) -> int | None:
+    """Makes the heap large, asks for huge pages there, and says from where; None if it did not."""
+    import resource
+
+    limits = (resource.getrlimit(which)[0] for which in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    if any(limit != resource.RLIM_INFINITY for limit in limits):
+        return None
+    # Where the system promises no more than it has, all of the heap would count as taken.
+    if "[madvise]" not in _read(_HUGE_PAGES) or _read(_OVERCOMMIT).strip() not in ("0", "1"):
+        return None
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
+    start = _end_of_heap(libc)
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    libc.free(libc.malloc(ctypes.c_size_t(size)))  # the heap's end is not given back any more
+    return start if _advise(libc, start, _end_of_heap(libc), _HUGE) else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _end_of_heap(libc: ctypes.CDLL) -> int:
+    libc.sbrk.restype = ctypes.c_void_p
+    return int(libc.sbrk(ctypes.c_long(0)))
+
+
+def _advise(libc: ctypes.CDLL, start: int, end: int, advice: int) -> bool:
+    """True if there is something between the two, and the system takes the advice."""
+    given = (ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
+    return end > start and libc.madvise(*given) == 0

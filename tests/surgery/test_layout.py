@@ -488,7 +488,8 @@ class TestAllocator:
     @pytest.mark.skipif(allocator.status().setting == "system", reason="there is no glibc here")
     def test_the_report_says_it_once(self):
         _, report = evenkeel.accelerate(built("vgg"))
-        assert "  allocator: glibc keeps large blocks, set at run time; evenkeel" in str(report)
+        assert "  allocator: glibc keeps large blocks, set at run time" in str(report)
+        assert "evenkeel.allocator.default_blocks() undoes it" in str(report)
         assert allocator.status().keeps
         _, report = evenkeel.accelerate(built("vgg"))
         assert report.allocator is None
