@@ -112,7 +112,7 @@ template <class T>
 bool streams(const Problem& p, bool in_order) {
   constexpr Index mostly = EVENKEEL_BYTES == 64 ? 768 : 4096;
   const Index size = sizeof(T), run = p.r2 * size;
-  return p.owners() * p.count() * size >= stream_from() &&
+  return p.owners() * p.count() * size >= stream_from(in_order) &&
          (in_order || run % 64 == 0 || run >= mostly);
 }
 

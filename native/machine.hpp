@@ -5,7 +5,7 @@
 namespace evenkeel {
 
 // Tensors of so many bytes and more are written past the cache.
-Index stream_from();
+Index stream_from(bool in_order);
 void set_stream_from(Index bytes);
 
 // The best build that this processor runs, or the named one; null if it cannot run that.
