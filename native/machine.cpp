@@ -40,7 +40,8 @@ Index stream_wish = -1;
 // Measured: a store that misses reads the line first, so going past the cache pays long before one
 // tensor fills it. In the order of addresses it pays as soon as the four tensors of a forward and a
 // backward do; where the lines of a channel lie far apart, at half of that. Whole training steps
-// could not tell other thresholds from these, from 1 MB to no such stores at all.
+// hardly tell: with an eighth in the order of addresses too, single calls of 4 to 8 MB take a third
+// less, a step of ResNet-18 on 32x32 takes 3 % more.
 Index stream_from(bool in_order) {
   static const Index cache = last_cache();
   return stream_wish >= 0 ? stream_wish : in_order ? cache / 4 : cache / 8;
