@@ -63,6 +63,14 @@ def main() -> None:
     if given.serve:
         serve(given.cases[0], given.side[0], given.threads)
         return
+    from evenkeel.bench.nets import NETS
+
+    known = dict.fromkeys((*CASES, *NETS))
+    for case in given.cases:
+        if case not in known:
+            parser.error(f"no case '{case}'; choose from {', '.join(known)}")
+    if given.steps < 1:
+        parser.error(f"--steps is {given.steps}; at least 1 is needed")
     for case in given.cases or CASES:
         columns = f"{'ms':>9}{'ratio':>7}{'CPU ms':>9}{'ratio':>7}{'faults':>10}{'peak MiB':>10}"
         print(f"\n{case:28}{columns}")

@@ -87,7 +87,7 @@ struct Columns {
   template <int Many>
   INLINE void foresee(const Slab& s, const T* q, Index b) const {
     if (Many == 1 || s.width() != width) return;
-    constexpr int line = 64 / sizeof(T);
+    constexpr int line = cache_line / sizeof(T);
     for (int at = 0; at < Many * L; at += line)
       __builtin_prefetch(q + Many * (width + b) + at, 0, 2);
   }
@@ -220,7 +220,7 @@ struct Columns {
   // rows at a time would be more half-filled lines than the processor gathers for streaming.
   template <class F>
   INLINE void backwards(const Slab& s, bool stream, F f) const {
-    constexpr bool fills_lines = EVENKEEL_BYTES == 64;
+    constexpr bool fills_lines = EVENKEEL_BYTES == cache_line;
     for (Index end = s.i1; end > s.i0; end -= std::min<Index>(rows, end - s.i0)) {
       const Index start = std::max<Index>(s.i0, end - rows);
       if (stream && !fills_lines) few<1>(start, end, f);

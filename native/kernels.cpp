@@ -110,10 +110,10 @@ void by_columns(const Problem& p, Index bytes, Reduce reduce_part, Finish finish
 // on Zen 3 and Zen 5).
 template <class T>
 bool streams(const Problem& p, bool in_order) {
-  constexpr Index mostly = EVENKEEL_BYTES == 64 ? 768 : 4096;
+  constexpr Index mostly = EVENKEEL_BYTES == cache_line ? 768 : 4096;
   const Index size = sizeof(T), run = p.r2 * size;
   return p.owners() * p.count() * size >= stream_from(in_order) &&
-         (in_order || run % 64 == 0 || run >= mostly);
+         (in_order || run % cache_line == 0 || run >= mostly);
 }
 
 // Whether a tensor begins on a boundary of a vector; a null one does.

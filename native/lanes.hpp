@@ -28,6 +28,8 @@
 namespace evenkeel {
 namespace EVENKEEL_ISA {
 
+constexpr int cache_line = 64;  // bytes
+
 struct bf16 {
   std::uint16_t bits;
 };

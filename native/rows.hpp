@@ -100,7 +100,7 @@ struct Rows {
   INLINE static void foresee(const T* q, Index ahead) { __builtin_prefetch(q + ahead); }
   // While an owner is written past the cache, memory has time to bring the next one.
   INLINE void foresee_next(const T* q, int chain) const {
-    if (chain % (64 / static_cast<int>(L * sizeof(T))) == 0) __builtin_prefetch(q + p.r2, 0, 2);
+    if (chain % (cache_line / static_cast<int>(L * sizeof(T))) == 0) __builtin_prefetch(q + p.r2, 0, 2);
   }
   INLINE static void foresee_store(T* q, Index ahead) { __builtin_prefetch(q + ahead, 1); }
 

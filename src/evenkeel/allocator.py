@@ -67,6 +67,10 @@ _DEFAULT = {
     _TOP_PAD: 1 << 17,
 }
 
+_HUGE, _NOT_HUGE = 14, 15  # MADV_HUGEPAGE, MADV_NOHUGEPAGE
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
+
 
 @dataclass(frozen=True)
 class Status:
@@ -87,10 +91,6 @@ class Status:
         return self.setting == "keep"
 
 
-_HUGE, _NOT_HUGE = 14, 15  # MADV_HUGEPAGE, MADV_NOHUGEPAGE
-_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-_OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
-
 _lock = threading.Lock()
 _is_kept = False
 _huge_from: int | None = None
@@ -99,6 +99,9 @@ _huge_from: int | None = None
 
 def keep_blocks() -> Status:
     """Makes glibc keep large blocks in this process from now on; again, it changes nothing.
+
+    They lie on huge pages where Linux gives these to programs that ask, unless the process's
+    memory is limited or the system promises no more than it has.
 
     It does nothing where the allocator is not glibc's, where ``MALLOC_`` variables or
     ``GLIBC_TUNABLES`` for malloc are set, and with ``EVENKEEL_ALLOCATOR=default``; the text of
@@ -128,7 +131,8 @@ def default_blocks() -> Status:
     """Undoes `keep_blocks` and gives what is free back to the system; else it changes nothing.
 
     glibc's thresholds, which grow with the blocks that a process frees, are set to the farthest
-    they go: blocks above 32 MiB go back at every free, and the heap's end above 64 MiB.
+    they go: blocks above 32 MiB go back at every free, and the heap's end above 64 MiB. Huge pages
+    are asked for no longer.
 
     Returns:
         what is in force now.
@@ -229,19 +233,23 @@ def _set(libc: ctypes.CDLL, values: Mapping[int, int]) -> bool:
 
 def _on_huge_pages(libc: ctypes.CDLL) -> int | None:
     """Makes the heap large, asks for huge pages there, and says from where; None if it did not."""
-    import resource
-
-    limits = (resource.getrlimit(which)[0] for which in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
-    if any(limit != resource.RLIM_INFINITY for limit in limits):
-        return None
-    # Where the system promises no more than it has, all of the heap would count as taken.
-    if "[madvise]" not in _read(_HUGE_PAGES) or _read(_OVERCOMMIT).strip() not in ("0", "1"):
+    if not _huge_pages_can_be_asked_for():
         return None
     libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
     start = _end_of_heap(libc)
     size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     libc.free(libc.malloc(ctypes.c_size_t(size)))  # the heap's end is not given back any more
     return start if _advise(libc, start, _end_of_heap(libc), _HUGE) else None
+
+
+def _huge_pages_can_be_asked_for() -> bool:
+    import resource
+
+    limits = (resource.getrlimit(which)[0] for which in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    if any(limit != resource.RLIM_INFINITY for limit in limits):
+        return False
+    # Where the system promises no more than it has, all of the heap would count as taken.
+    return "[madvise]" in _read(_HUGE_PAGES) and _read(_OVERCOMMIT).strip() in ("0", "1")
 
 
 def _read(path: Path) -> str:
