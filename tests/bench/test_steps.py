@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from evenkeel.bench import memory, steps
+from evenkeel.bench.results import AGAIN, LOW
 from evenkeel.bench.steps import Plan, Step, plans
 from evenkeel.errors import ConfigError
 
@@ -72,14 +73,15 @@ class TestSteps:
             assert (row.absent, row.difference) == ({}, 0)
             assert set(row.ratios) == {"eager"}
 
-    def test_low_memory_is_a_side_if_asked_for(self):
+    def test_sides_that_are_asked_for(self):
         plan = Plan("vgg", 32, 0.125, 2, ("nchw",), "float32")
-        (row,) = steps.run([plan], seconds=0, compiles=False, low=True)
-        assert set(row.sides) == {"bare", "eager", "evenkeel", "low memory"}
+        (row,) = steps.run([plan], seconds=0, compiles=False, asked=(LOW, AGAIN))
+        assert set(row.sides) == {"bare", "eager", "evenkeel", "low memory", "eager again"}
+        assert "eager again" not in row.ratios
         counted = memory.run([plan], compiles=False)
         sides = {name: side.median for name, side in next(iter(counted)).sides.items()}
         assert sides["low memory"] < 0.75 * min(sides["eager"], sides["evenkeel"])
-        assert steps.estimate([plan], 1.0, False, True) > steps.estimate([plan], 1.0, False)
+        assert steps.estimate([plan], 1.0, False, (LOW,)) > steps.estimate([plan], 1.0, False)
 
     def test_accelerate_gets_model_and_example_in_their_layout(self, accelerated):
         seen = []

@@ -138,14 +138,16 @@ class TestNets:
         assert "nchw float32: low memory / eager is 0." in out
         assert json.loads((tmp_path / "found.json").read_text())["unit"] == "bytes"
 
-    def test_low_memory_is_timed_if_asked_for(self, command, tmp_path):
-        words = ("bench", "steps", "--quick", *HERE, "--out", "found.json", "--low-memory")
-        code, out, _ = command(*words)
+    def test_low_memory_and_a_control_are_timed_if_asked_for(self, command, tmp_path):
+        words = ("bench", "steps", "--quick", *HERE, "--low-memory", "--control")
+        code, out, _ = command(*words, "--out", "found.json")
         assert code == 0
         assert "low mem." in out
+        assert "nchw float32: eager again / eager is " in out
+        assert "nchw float32: ours / no norm is " in out
         found = json.loads((tmp_path / "found.json").read_text())
-        assert "low memory" in found["rows"][0]["sides"]
-        assert found["settings"]["low_memory"] is True
+        assert {"low memory", "eager again"} <= set(found["rows"][0]["sides"])
+        assert found["settings"]["low_memory"] is found["settings"]["control"] is True
 
 
 @pytest.mark.skipif(not GLIBC, reason="there is no glibc here")

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ..surgery.accelerating.low_memory import kept_bytes
-from .results import OURS, PEERS, Row, reason_of
+from .results import LOW, OURS, PEERS, Row, reason_of
 from .steps import COMPILING, Plan, Step, sides_of
 from .timing import Measure, Ratio
 
@@ -48,7 +48,7 @@ def run(chosen: Sequence[Plan], *, compiles: bool) -> Iterator[Row]:
 def _counted(plan: Plan, layout: str, compiles: bool) -> Row:
     found: dict[str, Measure] = {}
     absent: dict[str, str] = {}
-    for name, builder in sides_of(plan, layout, compiles, low=True).items():
+    for name, builder in sides_of(plan, layout, compiles, asked=(LOW,)).items():
         try:
             size = float(saved_bytes(builder()))
         except Exception as error:  # whatever one side fails with, the others go on

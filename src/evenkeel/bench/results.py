@@ -14,6 +14,7 @@ from .shapes import places
 from .timing import Measure, Ratio, Samples, geometric_mean
 
 __all__ = [
+    "AGAIN",
     "LOW",
     "OURS",
     "PEERS",
@@ -34,6 +35,8 @@ SCHEMA = 1
 OURS = "evenkeel"
 LOW = "low memory"
 """Ours, with activations computed again in backward: `accelerate` with memory='low'."""
+AGAIN = "eager again"
+"""Eager once more, from a copy of its own: how far two sides differ that are the same."""
 PEERS = ("eager", "eval", "fx", "freeze", "compile")
 """Who we are compared with; any other side, such as a bare copy, is a bound.
 

@@ -2,13 +2,13 @@
 
 A side is a way to run the network in a layout: eager, through torch.compile, without its batch
 norms (`bare`, what batch norm costs at all), accelerated by us, and if asked for, accelerated with
-low memory. All layouts of a network are timed in the same rounds, so that the best of one side can
-be compared with the best of another.
+low memory and eager once more. All layouts of a network are timed in the same rounds, so that the
+best of one side can be compared with the best of another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import nets
 from .checked import Checked, checked, rows_of
 from .ops import DTYPES, LAYOUTS
-from .results import LOW, OURS, PEERS, Row
+from .results import AGAIN, LOW, OURS, PEERS, Row
 
 __all__ = ["COMPILING", "Plan", "Step", "estimate", "plans", "run", "sides_of"]
 
@@ -79,11 +79,13 @@ def plans(
     ]
 
 
-def estimate(chosen: Sequence[Plan], seconds: float, compiles: bool, low: bool = False) -> float:
+def estimate(
+    chosen: Sequence[Plan], seconds: float, compiles: bool, asked: Collection[str] = ()
+) -> float:
     """About how many seconds the plans take; a guess from two cores of a server."""
     total = 0.0
     for plan in chosen:
-        sides = (3 + compiles + low) * len(plan.layouts)
+        sides = (3 + compiles + len(asked)) * len(plan.layouts)
         total += max(seconds, 7 * plan.guess * sides) + 8 * plan.guess * sides
         total += COMPILING * compiles * len(plan.layouts)
     return total
@@ -120,9 +122,9 @@ def batch_of(plan: Plan, layout: str) -> tuple[Tensor, Tensor]:
 
 
 def sides_of(
-    plan: Plan, layout: str, compiles: bool, low: bool = False
+    plan: Plan, layout: str, compiles: bool, asked: Collection[str] = ()
 ) -> dict[str, Callable[[], Step]]:
-    """What builds each side of a plan in one layout.
+    """What builds each side of a plan in one layout; of LOW and AGAIN those that are asked for.
 
     All sides but `bare` start from the same weights.
     """
@@ -141,15 +143,17 @@ def sides_of(
         "eager": lambda: step(model()),
         OURS: lambda: step(_accelerated(model(), images, "full")),
     }
-    if low:
+    if LOW in asked:
         sides[LOW] = lambda: step(_accelerated(model(), images, "low"))
+    if AGAIN in asked:
+        sides[AGAIN] = sides["eager"]
     if compiles:
         sides["compile"] = lambda: step(torch.compile(model(), dynamic=False))
     return sides
 
 
 def run(
-    chosen: Sequence[Plan], *, seconds: float, compiles: bool, low: bool = False
+    chosen: Sequence[Plan], *, seconds: float, compiles: bool, asked: Collection[str] = ()
 ) -> Iterator[Row]:
     """Measures net by net; yields one row for each layout.
 
@@ -157,28 +161,28 @@ def run(
         chosen: what to run.
         seconds: the budget of one net's rounds, all layouts and sides together.
         compiles: True to run torch.compile too.
-        low: True to run ours with low memory too.
+        asked: LOW, to run ours with low memory too; AGAIN, eager once more.
     """
     for plan in chosen:
-        found = {layout: _checked(plan, layout, compiles, low) for layout in plan.layouts}
+        found = {layout: _checked(plan, layout, compiles, asked) for layout in plan.layouts}
         yield from rows_of(plan.name, plan.dtype, found, seconds=seconds)
         if compiles:
             torch._dynamo.reset()
 
 
-def _checked(plan: Plan, layout: str, compiles: bool, low: bool) -> Checked:
+def _checked(plan: Plan, layout: str, compiles: bool, asked: Collection[str]) -> Checked:
     """Compares what each side has learned with what eager has."""
     truth: float | None = None
 
     def off(name: str, side: Step) -> float:
         nonlocal truth
         loss = [float(side()) for _ in range(STEPS_COMPARED)][-1]
-        if name not in (OURS, LOW, *PEERS):
+        if name not in (OURS, LOW, AGAIN, *PEERS):
             return 0.0
         truth = loss if truth is None else truth
         return abs(loss - truth) / max(abs(truth), 1e-30)
 
-    return checked(sides_of(plan, layout, compiles, low), off, ALLOWED[plan.dtype])
+    return checked(sides_of(plan, layout, compiles, asked), off, ALLOWED[plan.dtype])
 
 
 def _accelerated(model: nn.Module, example: Tensor, memory: str) -> nn.Module:

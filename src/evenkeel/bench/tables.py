@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .results import (
+    AGAIN,
     LOW,
     OURS,
     Results,
@@ -27,6 +28,7 @@ SHOWN = {
     "floor": "floor",
     "bare": "no norm",
     "eager": "eager",
+    AGAIN: "again",
     "eval": "eval",
     "fx": "fx",
     "freeze": "freeze",
@@ -34,6 +36,8 @@ SHOWN = {
     OURS: "ours",
     LOW: "low mem.",
 }
+OVER = (("eager", "bare"), (OURS, "bare"), (LOW, "eager"), (AGAIN, "eager"))
+"""What `geometric_means` does not compare: the price of batch norm, and sides of `steps` alone."""
 UNITS = {"s": ("ms", 1e3), "bytes": ("MB", 1e-6)}
 
 
@@ -82,10 +86,8 @@ def sentences(results: Results) -> Iterator[str]:
             yield f"{where}: ours / {peer} is {mean:.2f} (geometric mean of {_of(count)})"
         if results.kind == "fold":
             yield from _folded(rows, where)
-        low = [row.sides[LOW].median / row.sides["eager"].median for row in rows if _has_low(row)]
-        if low:
-            mean = geometric_mean(low)
-            yield f"{where}: low memory / eager is {mean:.2f} (geometric mean of {_of(len(low))})"
+        for side, other in OVER:
+            yield from _over(rows, where, side, other)
         for network, sums in totals(rows).items():
             parts = [f"{SHOWN[s]} {_short(sums[s] * scale)}" for s in SHOWN if s in sums]
             yield f"{where}: all norms of {network}, {unit}: {', '.join(parts)}"
@@ -123,8 +125,14 @@ def _folded(rows: Sequence[Row], where: str) -> Iterator[str]:
         yield f"{where}: norms left: {', '.join(parts)}"
 
 
-def _has_low(row: Row) -> bool:
-    return LOW in row.sides and "eager" in row.sides
+def _over(rows: Sequence[Row], where: str, side: str, other: str) -> Iterator[str]:
+    both = [row.sides for row in rows if side in row.sides and other in row.sides]
+    ratios = [sides[side].median / sides[other].median for sides in both]
+    if ratios:
+        name = side if side in (LOW, AGAIN) else SHOWN[side]
+        of = f"geometric mean of {_of(len(ratios))}"
+        of += f", {min(ratios):.2f} to {max(ratios):.2f}" if len(ratios) > 1 else ""
+        yield f"{where}: {name} / {SHOWN[other]} is {geometric_mean(ratios):.2f} ({of})"
 
 
 def _losses(results: Results) -> Iterator[str]:

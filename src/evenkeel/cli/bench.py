@@ -104,6 +104,10 @@ def steps(
     low_memory: Annotated[
         bool, typer.Option("--low-memory", help="Ours with low memory too, as a side of its own.")
     ] = False,
+    control: Annotated[
+        bool,
+        typer.Option("--control", help="Eager once more: what differs then is chance."),
+    ] = False,
     seconds: Seconds = None,
     threads: Threads = None,
     out: Out = None,
@@ -173,6 +177,7 @@ def _nets(kind: str, settings: dict[str, Any]) -> None:
     given = _prepare(settings, 20.0, 4.0)
     from ..bench import memory, steps
     from ..bench.ops import DTYPES, LAYOUTS
+    from ..bench.results import AGAIN, LOW
 
     chosen = steps.plans(
         batch=settings["batch"],
@@ -184,7 +189,8 @@ def _nets(kind: str, settings: dict[str, Any]) -> None:
     of = f"of {_count(len(chosen), 'network')}, batch {settings['batch']}"
     rows = sum(len(plan.layouts) for plan in chosen)
     if kind == "steps":
-        given["low"] = settings["low_memory"]
+        wishes = {LOW: settings["low_memory"], AGAIN: settings["control"]}
+        given["asked"] = [side for side, wished in wishes.items() if wished]
         _carry_out(kind, f"training steps {of}", settings, steps, chosen, given, rows=rows)
     else:
         del given["seconds"]
