@@ -1,6 +1,9 @@
 // The schedule for memory whose fastest run is kept (NHWC, dense layers, per activation): rows of
-// owners side by side.
+// owners side by side. Of images so small that a channel's run is a few vectors (7x7), each place of
+// a channel is a column of its own, and the owner's sums are those of its columns.
 #pragma once
+#include <functional>
+#include <numeric>
 #include <vector>
 
 #include "arithmetic.hpp"
@@ -21,25 +24,30 @@ struct Columns {
   using S = Storage<T>;
   using C = typename S::C;
   using V = typename S::V;
-  using D = typename Vec<C>::wide;
+  using D = Vec<double>::type;
+  static constexpr int lanes = sizeof(D) / sizeof(double);
+  using N = typename Vec<C>::narrow;  // as many
   static constexpr int L = S::L;
   static constexpr int rows = 64;  // of a tile, within which sums are in the precision of the loops
 
   const Problem& p;
   Index outer;         // which of the k1
-  Index count, width;  // rows, and how long they are: a multiple of k2
+  Index count, width;  // rows, and how long they are: a multiple of all the owners'
   Index base;          // where the first begins
 
   Columns(const Problem& problem, Index a, Index first, Index together)
-      : p(problem), outer(a), count((problem.r1 - first) / together), width(problem.k2 * together) {
-    base = (outer * p.r1 + first) * p.k2;
+      : p(problem), outer(a), count((problem.r1 - first) / together), width(row(problem) * together) {
+    base = (outer * p.r1 + first) * row(p);
   }
 
+  static Index row(const Problem& p) { return p.k2 * p.r2; }
+  // How many columns are whole owners and whole vectors.
+  static Index unit(const Problem& p) { return std::lcm(p.r2, Index{L}); }
   // How many rows to take as one.
   static Index together(const Problem& p) {
     Index n = 1;
-    while (n * p.k2 % L != 0 || n * p.k2 < 256) n *= 2;
-    return p.r1 >= n * rows && n * p.k2 <= 4096 ? n : 1;
+    while (n * row(p) % L != 0 || n * row(p) < 256) n *= 2;
+    return p.r1 >= n * rows && n * row(p) <= 4096 ? n : 1;
   }
 
   static Index padded(Index n) { return (n + L - 1) / L * L; }
@@ -52,11 +60,11 @@ struct Columns {
   // The mask has whole bytes for each vector of a row.
   static constexpr Index bytes = L < 8 ? 1 : L / 8;
   static Index mask_stride(Index width) { return (width + L - 1) / L * bytes; }
-  static Index mask_size(const Problem& p) { return p.k1 * p.r1 * mask_stride(p.k2); }
+  static Index mask_size(const Problem& p) { return p.k1 * p.r1 * mask_stride(row(p)); }
   // One vector of a wide row never takes more than those of its parts would, so each keeps the
   // place of its first part.
   std::uint8_t* mask(Index row) const {
-    return p.mask + place(row) / p.k2 * mask_stride(p.k2);
+    return p.mask + place(row) / Columns::row(p) * mask_stride(Columns::row(p));
   }
   static unsigned read_bits(const std::uint8_t* q) {
     return bytes == 2 ? q[0] | unsigned{q[1]} << 8 : q[0];
@@ -117,11 +125,43 @@ struct Columns {
       few<8>(i, end, [&](Index r, auto many) INLINE { deviations<many>(s, r, pivot.data(), sums); });
       merge(n, static_cast<double>(i - s.i0), static_cast<double>(end - i), sums, pivot.data());
     }
-    for (Index b = s.b0; b < s.b1; ++b) {
-      Moments m{static_cast<double>(s.i1 - s.i0), sums.firsts[b - s.b0], sums.seconds[b - s.b0]};
-      if (!std::isfinite(m.mean) || !std::isfinite(m.m2)) m = of_scalars(s, b);
-      all[b % p.k2].add(m);
-    }
+    each_owner(s, [&](Index owner, Index b, auto run) INLINE {
+      const double n = static_cast<double>(s.i1 - s.i0);
+      Moments m = of_columns(n, &sums.firsts[b], &sums.seconds[b], run);
+      if (!std::isfinite(m.mean) || !std::isfinite(m.m2)) m = of_scalars(s, s.b0 + b);
+      all[owner].add(m);
+    });
+  }
+
+  // Calls f(owner, first of its columns in the slab, how many it has); a slab has whole owners only.
+  template <class F>
+  INLINE void each_owner(const Slab& s, F f) const {
+    auto each = [&](auto run) INLINE {
+      Index owner = s.b0 / run % p.k2;
+      for (Index b = 0; b < s.width(); b += run, owner = owner + 1 == p.k2 ? 0 : owner + 1)
+        f(owner, b, run);
+    };
+    if (p.r2 == 1) each(std::integral_constant<Index, 1>{});
+    else each(p.r2);
+  }
+
+  // Of an owner whose columns have n values each.
+  INLINE static Moments of_columns(double n, const double* means, const double* m2, Index run) {
+    if (run == 1) return {n, *means, *m2};
+    const double columns = static_cast<double>(run), mean = sum(means, run) / columns;
+    const double between = sum(means, run, [=](auto m) INLINE { return (m - mean) * (m - mean); });
+    return {n * columns, mean, sum(m2, run) + n * between};
+  }
+  // Of f(value) over a run, side by side: one chain of additions would take longer than the columns.
+  template <class F = std::identity>
+  INLINE static double sum(const double* of, Index run, F f = {}) {
+    D even{}, odd{};
+    Index i = 0;
+    for (; i + 2 * lanes <= run; i += 2 * lanes)
+      even += f(whole<D>(of + i)), odd += f(whole<D>(of + i + lanes));
+    double all = total(even + odd);
+    for (; i < run; ++i) all += f(of[i]);
+    return all;
   }
 
   // The means of an eighth of a tile. What lies around them loses at most three bits more than what
@@ -167,15 +207,15 @@ struct Columns {
   // `Moments::add_about` for vectors of columns; the new means are the next pivots.
   static void merge(Index columns, double before, double now, Sums& sums, C* pivots) {
     const double share = now / (before + now);
-    for (Index b = 0; b < columns; b += L) {
+    for (Index b = 0; b < columns; b += lanes) {
       double *mean = &sums.firsts[b], *m2 = &sums.seconds[b];
-      const D off = __builtin_convertvector(whole<V>(&sums.first[b]), D);
-      const D squares = __builtin_convertvector(whole<V>(&sums.second[b]), D);
-      const D pivot = __builtin_convertvector(whole<V>(pivots + b), D);
-      const D old = whole<D>(mean), delta = pivot + off / now - old;
-      const D sum = whole<D>(m2) + (squares - off * off / now + delta * delta * (before * share));
+      const D off = __builtin_convertvector(whole<N>(&sums.first[b]), D);
+      const D squares = __builtin_convertvector(whole<N>(&sums.second[b]), D);
+      const D pivot = __builtin_convertvector(whole<N>(pivots + b), D);
+      const D old = whole<D>(mean), part = off / now, delta = pivot + part - old;
+      const D sum = whole<D>(m2) + (squares - off * part + delta * delta * (before * share));
       const D merged = old + delta * share, grown = sum < D{} ? D{} : sum;
-      const V next = __builtin_convertvector(merged, V);
+      const N next = __builtin_convertvector(merged, N);
       std::memcpy(mean, &merged, sizeof merged);
       std::memcpy(m2, &grown, sizeof grown);
       std::memcpy(pivots + b, &next, sizeof next);
@@ -184,13 +224,14 @@ struct Columns {
 
   // One by one, for infinities, NaN and what overflows a float.
   Moments of_scalars(const Slab& s, Index column) const {
-    Moments m{static_cast<double>(s.i1 - s.i0), 0, 0};
-    for (Index i = s.i0; i < s.i1; ++i) m.mean += S::scalar(in(p.x, i) + column);
+    Moments m{static_cast<double>((s.i1 - s.i0) * p.r2), 0, 0};
+    auto each = [&](auto f) {
+      for (Index i = s.i0; i < s.i1; ++i)
+        for (Index j = 0; j < p.r2; ++j) f(static_cast<double>(S::scalar(in(p.x, i) + column + j)));
+    };
+    each([&](double x) { m.mean += x; });
     m.mean /= m.n;
-    for (Index i = s.i0; i < s.i1; ++i) {
-      const double d = S::scalar(in(p.x, i) + column) - m.mean;
-      m.m2 += d * d;
-    }
+    each([&](double x) { m.m2 += (x - m.mean) * (x - m.mean); });
     return m;
   }
 
@@ -202,14 +243,14 @@ struct Columns {
     Table(const Columns& of, const Slab& s, bool with_gradient)
         : memory(padded(s.width()) * (with_gradient ? 6 : 3)) {
       const Index n = padded(s.width());
+      const int fields = with_gradient ? 6 : 3;
       C* field[6];
       for (int f = 0; f < 6; ++f) field[f] = memory.data() + (f < 3 || with_gradient ? f * n : 0);
-      Index column = s.b0 % of.p.k2;
-      for (Index i = 0; i < s.width(); ++i, column = column + 1 == of.p.k2 ? 0 : column + 1) {
-        const auto k = Constants<C>::of(of.p, of.outer * of.p.k2 + column, with_gradient);
-        field[0][i] = k.high, field[1][i] = k.scale, field[2][i] = k.shift;
-        if (with_gradient) field[3][i] = k.a, field[4][i] = k.b, field[5][i] = k.c;
-      }
+      of.each_owner(s, [&](Index owner, Index b, auto run) INLINE {
+        const auto k = Constants<C>::of(of.p, of.outer * of.p.k2 + owner, with_gradient);
+        const C values[] = {k.high, k.scale, k.shift, k.a, k.b, k.c};
+        for (int f = 0; f < fields; ++f) std::fill_n(field[f] + b, run, values[f]);
+      });
       high = field[0], scale = field[1], shift = field[2];
       a = field[3], b = field[4], c = field[5];
     }
@@ -318,10 +359,10 @@ struct Columns {
         sums.seconds[b] += static_cast<double>(second[b]);
       }
     }
-    for (Index b = s.b0; b < s.b1; ++b) {
-      dz_sum[b % p.k2] += sums.firsts[b - b0];
-      dz_x_sum[b % p.k2] += sums.seconds[b - b0];
-    }
+    each_owner(s, [&](Index owner, Index b, auto run) INLINE {
+      dz_sum[owner] += sum(&sums.firsts[b], run);
+      dz_x_sum[owner] += sum(&sums.seconds[b], run);
+    });
   }
 
   template <Act A, Source R>

@@ -58,13 +58,24 @@ void by_rows(const Problem& p, Index bytes, Reduce reduce_part, Finish finish, M
 
 constexpr Index widest = 4096;  // columns at a time, so that what is kept for each stays in L1
 
+// Whether the memory is taken as columns: of owners side by side, or of owners whose runs are so
+// short that cutting them into vectors costs more than a sum for each column. 7x7 gains, if rows
+// pay for what is kept for a column; 8x8 does not, for it leaves no part of a vector.
+template <class T>
+bool as_columns(const Problem& p) {
+  if (p.r2 == 1) return p.k2 > 1;
+  constexpr Index longest = 49, narrowest = 1024;
+  return p.r2 <= std::min(longest, 2 * p.r1) && Columns<T>::row(p) >= narrowest;
+}
+
 // Calls f(columns, slab) for part i of the rows of one of the k1.
 template <class T, class F>
 void each_slab(const Problem& p, Index a, Index i, Index parts, F f) {
   const Index together = Columns<T>::together(p);
   auto rows = [&](const Columns<T>& of, Index i0, Index i1) {
-    for (Index b = 0; b < of.width; b += widest)
-      f(of, Slab{i0, i1, b, std::min(b + widest, of.width)});
+    const Index step = widest / Columns<T>::unit(p) * Columns<T>::unit(p);
+    for (Index b = 0; b < of.width; b += step)
+      f(of, Slab{i0, i1, b, std::min(b + step, of.width)});
   };
   const Columns<T> most(p, a, 0, together), rest(p, a, p.r1 / together * together, 1);
   rows(most, most.count * i / parts, most.count * (i + 1) / parts);
@@ -76,17 +87,19 @@ void each_slab(const Problem& p, Index a, Index i, Index parts, F f) {
 // where the rows are few and long (dense layers, per activation) the pieces are long too.
 template <class T, class Reduce, class Finish, class Map>
 void by_columns(const Problem& p, Index bytes, Reduce reduce_part, Finish finish, Map map_part) {
-  constexpr Index wide = 1024;
-  const Index threads = threads_for(p, bytes);
-  const bool at_once = p.k2 >= wide && p.r1 * wide * bytes <= (512 << 10);
+  const Index threads = threads_for(p, bytes), unit = Columns<T>::unit(p);
+  const Index row = Columns<T>::row(p), wide = std::max<Index>(1, 1024 / unit) * unit;
+  // Slabs for all threads, unless there is so little to do that one meeting costs more than it saves.
+  const bool for_all = row >= threads * wide || p.r1 * row * bytes <= (1 << 20);
+  const bool at_once = row >= wide && for_all && p.r1 * wide * bytes <= (512 << 10);
   for (Index a = 0; a < p.k1; ++a) {
     if (at_once) {
       const Columns<T> columns(p, a, 0, 1);
-      parallel((p.k2 + wide - 1) / wide, static_cast<int>(threads), [&](Index i) {
-        const Slab s{0, p.r1, i * wide, std::min((i + 1) * wide, p.k2)};
+      parallel((row + wide - 1) / wide, static_cast<int>(threads), [&](Index i) {
+        const Slab s{0, p.r1, i * wide, std::min((i + 1) * wide, row)};
         if (p.phases & reduce) {
           reduce_part(columns, s, 0);
-          finish(a, s.b0, s.b1, 1);
+          finish(a, s.b0 / p.r2, s.b1 / p.r2, 1);
         }
         if (p.phases & map) map_part(columns, s);
       });
@@ -129,7 +142,7 @@ bool on_boundary(const Columns<T>& columns) {
 template <class T, Act A, bool R>
 void forward(const Problem& p) {
   const Index bytes = (R ? 3 : 2) * sizeof(T);
-  const bool by_runs = p.r2 > 1 || p.k2 == 1;
+  const bool by_runs = !as_columns<T>(p);
   const bool stream = streams<T>(p, !by_runs) && on_boundary<T>(p.y);
   const Index parts = std::max(1, p.threads);
   if (by_runs) {
@@ -168,7 +181,7 @@ template <class T, Act A, Source R>
 void backward(const Problem& p) {
   using C = typename Storage<T>::C;
   const Index bytes = (R == Source::x ? 3 : R == Source::sum ? 5 : 4) * sizeof(T);
-  const bool by_runs = p.r2 > 1 || p.k2 == 1;
+  const bool by_runs = !as_columns<T>(p);
   const bool stream =
       streams<T>(p, !by_runs) && on_boundary<T>(p.dx) && on_boundary<T>(p.dresidual);
   const Index parts = std::max(1, p.threads);
@@ -259,7 +272,7 @@ void with_type(const Problem& p) {
 
 template <class T>
 Index mask_bytes_of(const Problem& p) {
-  if (p.r2 == 1 && p.k2 > 1) return Columns<T>::mask_size(p);
+  if (as_columns<T>(p)) return Columns<T>::mask_size(p);
   return p.owners() * p.r1 * Rows<T>::mask_stride(p);
 }
 

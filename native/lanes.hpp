@@ -43,13 +43,13 @@ template <>
 struct Vec<float> {
   typedef float type __attribute__((vector_size(EVENKEEL_BYTES)));
   typedef std::int32_t mask __attribute__((vector_size(EVENKEEL_BYTES)));
-  typedef double wide __attribute__((vector_size(2 * EVENKEEL_BYTES)));  // as many doubles
+  typedef float narrow __attribute__((vector_size(EVENKEEL_BYTES / 2)));  // as many as doubles
 };
 template <>
 struct Vec<double> {
   typedef double type __attribute__((vector_size(EVENKEEL_BYTES)));
   typedef std::int64_t mask __attribute__((vector_size(EVENKEEL_BYTES)));
-  typedef type wide;
+  typedef type narrow;
 };
 
 typedef Vec<float>::type VF;

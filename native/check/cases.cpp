@@ -55,7 +55,7 @@ void draw_shape(Case& c, Random& random) {
   const Index most = random.chance(6) ? large : ordinary;
   Index* sides[] = {&c.k1, &c.r1, &c.k2, &c.r2};
   Index left = most;
-  switch (random.below(7)) {
+  switch (random.below(8)) {
     case 0:  // any view, its sides in any order
       for (int i = 3; i > 0; --i) std::swap(sides[i], sides[random.below(i + 1)]);
       for (Index* s : sides) left /= *s = side(random, left);
@@ -82,6 +82,12 @@ void draw_shape(Case& c, Random& random) {
       c.r1 = 2 + random.below(12);
       c.k2 = side(random, left / c.r1);
       if (random.chance(4)) c.k2 = left / c.r1 - random.below(50);
+      return;
+    case 6:  // small images of many channels: a column for each place
+      c.r2 = 2 + random.below(48);
+      c.k2 = 1 + (1024 + random.below(500)) / c.r2;
+      c.r1 = (c.r2 + 1) / 2 + random.below(3);
+      if (random.chance(4)) c.k1 = 1 + random.below(2), c.r1 += random.below(40);
       return;
     default:  // one owner
       c.r2 = side(random, left);

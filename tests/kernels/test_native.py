@@ -37,6 +37,8 @@ SHAPES = {
     "more channels than values": (9, 517, 3, 1),
     "one place each": (131, 67, 1, 1),
     "sequence": (3, 7, 4001),
+    "small images, slab by slab": (37, 301, 7, 5),
+    "small images, rows dealt": (211, 97, 4, 4),
 }
 
 
@@ -96,12 +98,12 @@ def streaming() -> Iterator[None]:
 
 @pytest.mark.usefixtures("streaming", "instructions")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("places", [35, 49, 196, 64])
+@pytest.mark.parametrize(("n", "places"), [(2, 35), (2, 49), (2, 196), (2, 64), (18, 35), (25, 49)])
 @pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
-def test_stores_past_the_cache(last, places, dtype) -> None:
+def test_stores_past_the_cache(last, n, places, dtype) -> None:
     """They need whole aligned vectors; the ends of a run have neither."""
     torch.manual_seed(0)
-    x, dy, residual = torch.randn(3, 2, 48, places).to(dtype)
+    x, dy, residual = torch.randn(3, n, 48, places).to(dtype)
     if last:
         x, dy, residual = (t.mT.contiguous().mT for t in (x, dy, residual))
     view = view_of(x.shape, x.stride(), (1,))

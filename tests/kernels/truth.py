@@ -83,6 +83,7 @@ ROWS = (
     Row("many channels, few values", (2, 257, 1, 1), "nchw", "c"),
     Row("larger than a tile, NCHW", (2, 3, 61, 59), "nchw", "c"),
     Row("larger than a tile, NHWC", (2, 3, 61, 59), "nhwc", "c"),
+    Row("small images of many channels", (5, 211, 3, 2), "nchw", "c"),
     Row("per activation", (5, 3, 4, 2), "nchw", "chw"),
     Row("per activation, owners not in memory order", (5, 3, 4, 2), "nhwc", "chw"),
     Row("per location, NCHW", (5, 3, 4, 2), "nchw", "hw"),
@@ -100,6 +101,7 @@ ROWS = (
     Row("values at the kinks", (4, 3, 5, 7), "nchw", "c", special="kinks"),
     Row("a NaN in one owner", (4, 3, 5, 7), "nchw", "c", special="nan"),
     Row("an infinity in one owner, NHWC", (4, 3, 5, 7), "nhwc", "c", special="inf"),
+    Row("an infinity, small images of many channels", (6, 101, 3, 4), "nchw", "c", special="inf"),
     Row("six numbers: a kernel may refuse it", (3, 2, 4, 5), "nchw", "cw"),
 )
 
