@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
+from itertools import pairwise
 
 import pytest
 
@@ -43,6 +45,16 @@ class TestOrder:
 
     def test_one_side(self):
         assert order(["a"], 5) == ["a"]
+
+    @pytest.mark.parametrize("count", range(2, 12))
+    def test_everyone_follows_everyone_equally_often(self, count):
+        names = list("abcdefghijk"[:count])
+        rounds = [order(names, number) for number in range(2 * count)]
+        assert all(sorted(row) == names for row in rounds)
+        assert set(Counter(row[0] for row in rounds).values()) == {2}
+        pairs = Counter(pair for row in rounds for pair in pairwise(row))
+        assert len(pairs) == count * (count - 1)
+        assert set(pairs.values()) == {2}
 
 
 class TestInterleaved:

@@ -122,10 +122,16 @@ def interleaved(
 
 
 def order(names: list[str], number: int) -> list[str]:
-    """Who comes when in a round: rotated by one each round, backwards in every other turn."""
-    turn, first = divmod(number, len(names))
-    rotated = names[first:] + names[:first]
-    return rotated[::-1] if turn % 2 else rotated
+    """Who comes when in a round.
+
+    What a side leaves in the caches and in the heap is the next one's to find. So everyone comes
+    first equally often and follows each of the others equally often: a Williams square (1949), once
+    forwards and once backwards.
+    """
+    turn, shift = divmod(number, len(names))
+    zigzag = (-(place // 2) if place % 2 == 0 else (place + 1) // 2 for place in range(len(names)))
+    row = [names[(place + shift) % len(names)] for place in zigzag]
+    return row[::-1] if turn % 2 else row
 
 
 def geometric_mean(ratios: Iterable[float]) -> float:
