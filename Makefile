@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-c
 
 .PHONY: help
 help:
-	@echo "make study   install into .venv and run the default study (one to three minutes on 2 cores)"
+	@echo "make study   install into .venv and run the default study (one to four minutes on 2 cores)"
 	@echo "make test    install what the tests need and run them all, lint and types included"
 	@echo "make check   lint and types only"
 	@echo "make sanitize  drive the C++ kernels under sanitizers (four minutes; CASES=$(CASES) SEED=$(SEED))"

@@ -2,11 +2,10 @@
 // owners side by side. Of images so small that a channel's run is a few vectors (7x7), each place of
 // a channel is a column of its own, and the owner's sums are those of its columns.
 #pragma once
-#include <functional>
 #include <numeric>
 #include <vector>
 
-#include "arithmetic.hpp"
+#include "column_sums.hpp"
 
 namespace evenkeel {
 namespace EVENKEEL_ISA {
@@ -24,9 +23,7 @@ struct Columns {
   using S = Storage<T>;
   using C = typename S::C;
   using V = typename S::V;
-  using D = Vec<double>::type;
-  static constexpr int lanes = sizeof(D) / sizeof(double);
-  using N = typename Vec<C>::narrow;  // as many
+  using Sums = ColumnSums<C>;
   static constexpr int L = S::L;
   static constexpr int rows = 64;  // of a tile, within which sums are in the precision of the loops
 
@@ -100,34 +97,22 @@ struct Columns {
       __builtin_prefetch(q + Many * (width + b) + at, 0, 2);
   }
 
-  // Sums of a tile for each column of a slab, and their totals.
-  struct Sums {
-    std::vector<C> first, second;
-    std::vector<double> firsts, seconds;
-
-    explicit Sums(Index n) : first(n), second(n), firsts(n), seconds(n) {}
-    void clear() {
-      std::fill(first.begin(), first.end(), C{});
-      std::fill(second.begin(), second.end(), C{});
-    }
-  };
-
   // Adds to the moments of the owners b0 .. b1, `all` being those of the first of the k2.
   void moments(const Slab& s, Moments* all) const {
     if (s.i0 == s.i1) return;
     const Index n = padded(s.width());
     std::vector<C> pivot(n);
-    Sums sums(n);  // here the totals are mean and m2
+    Sums sums(n);
     for (Index i = s.i0; i < s.i1; i += rows) {
       const Index end = std::min<Index>(i + rows, s.i1);
       if (i == s.i0) start_pivots(s, std::min(s.i0 + rows / 8, end), pivot.data());
       sums.clear();
       few<8>(i, end, [&](Index r, auto many) INLINE { deviations<many>(s, r, pivot.data(), sums); });
-      merge(n, static_cast<double>(i - s.i0), static_cast<double>(end - i), sums, pivot.data());
+      sums.merge(static_cast<double>(i - s.i0), static_cast<double>(end - i), pivot.data());
     }
     each_owner(s, [&](Index owner, Index b, auto run) INLINE {
       const double n = static_cast<double>(s.i1 - s.i0);
-      Moments m = of_columns(n, &sums.firsts[b], &sums.seconds[b], run);
+      Moments m = sums.moments(n, b, run);
       if (!std::isfinite(m.mean) || !std::isfinite(m.m2)) m = of_scalars(s, s.b0 + b);
       all[owner].add(m);
     });
@@ -143,25 +128,6 @@ struct Columns {
     };
     if (p.r2 == 1) each(std::integral_constant<Index, 1>{});
     else each(p.r2);
-  }
-
-  // Of an owner whose columns have n values each.
-  INLINE static Moments of_columns(double n, const double* means, const double* m2, Index run) {
-    if (run == 1) return {n, *means, *m2};
-    const double columns = static_cast<double>(run), mean = sum(means, run) / columns;
-    const double between = sum(means, run, [=](auto m) INLINE { return (m - mean) * (m - mean); });
-    return {n * columns, mean, sum(m2, run) + n * between};
-  }
-  // Of f(value) over a run, side by side: one chain of additions would take longer than the columns.
-  template <class F = std::identity>
-  INLINE static double sum(const double* of, Index run, F f = {}) {
-    D even{}, odd{};
-    Index i = 0;
-    for (; i + 2 * lanes <= run; i += 2 * lanes)
-      even += f(whole<D>(of + i)), odd += f(whole<D>(of + i + lanes));
-    double all = total(even + odd);
-    for (; i < run; ++i) all += f(of[i]);
-    return all;
   }
 
   // The means of an eighth of a tile. What lies around them loses at most three bits more than what
@@ -202,24 +168,6 @@ struct Columns {
     across(
         s, [=](Index b) INLINE { add(b, [](const T* a) INLINE { return S::load(a); }); },
         [=](Index b, Part k) INLINE { add(b, [k](const T* a) INLINE { return S::load(a, k); }); });
-  }
-
-  // `Moments::add_about` for vectors of columns; the new means are the next pivots.
-  static void merge(Index columns, double before, double now, Sums& sums, C* pivots) {
-    const double share = now / (before + now);
-    for (Index b = 0; b < columns; b += lanes) {
-      double *mean = &sums.firsts[b], *m2 = &sums.seconds[b];
-      const D off = __builtin_convertvector(whole<N>(&sums.first[b]), D);
-      const D squares = __builtin_convertvector(whole<N>(&sums.second[b]), D);
-      const D pivot = __builtin_convertvector(whole<N>(pivots + b), D);
-      const D old = whole<D>(mean), part = off / now, delta = pivot + part - old;
-      const D sum = whole<D>(m2) + (squares - off * part + delta * delta * (before * share));
-      const D merged = old + delta * share, grown = sum < D{} ? D{} : sum;
-      const N next = __builtin_convertvector(merged, N);
-      std::memcpy(mean, &merged, sizeof merged);
-      std::memcpy(m2, &grown, sizeof grown);
-      std::memcpy(pivots + b, &next, sizeof next);
-    }
   }
 
   // One by one, for infinities, NaN and what overflows a float.
@@ -354,14 +302,11 @@ struct Columns {
               add(b, [k](const T* q) INLINE { return S::load(q, k); });
             });
       });
-      for (Index b = 0; b < s.width(); ++b) {
-        sums.firsts[b] += static_cast<double>(first[b]);
-        sums.seconds[b] += static_cast<double>(second[b]);
-      }
+      sums.collect(s.width());
     }
     each_owner(s, [&](Index owner, Index b, auto run) INLINE {
-      dz_sum[owner] += sum(&sums.firsts[b], run);
-      dz_x_sum[owner] += sum(&sums.seconds[b], run);
+      dz_sum[owner] += Sums::sum(&sums.firsts[b], run);
+      dz_x_sum[owner] += Sums::sum(&sums.seconds[b], run);
     });
   }
 

@@ -101,7 +101,8 @@ def keep_blocks() -> Status:
     """Makes glibc keep large blocks in this process from now on; again, it changes nothing.
 
     They lie on huge pages where Linux gives these to programs that ask, unless the process's
-    memory is limited or the system promises no more than it has.
+    memory is limited, the system promises no more than it has, or another thread than the main
+    one calls.
 
     It does nothing where the allocator is not glibc's, where ``MALLOC_`` variables or
     ``GLIBC_TUNABLES`` for malloc are set, and with ``EVENKEEL_ALLOCATOR=default``; the text of

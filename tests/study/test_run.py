@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -179,23 +179,20 @@ class Study:
         config.write_text(TOML)
         self.words = ["study", "--config", config, "--out", self.run, "--workers", "2"]
 
-    def start(self) -> subprocess.Popen[str]:
+    def start(self) -> None:
         line = [sys.executable, "-c", "from evenkeel.cli import main; main()", *self.words]
         self.process = subprocess.Popen(
             line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
-        return self.process
-
-    def wait_for(self, process: subprocess.Popen[str], count: int) -> None:
-        while len(rows(self.run)) < count:  # pytest's own limit ends it
-            assert process.poll() is None, process.communicate()
+        while len(rows(self.run)) < 2:  # pytest's own limit ends it
+            assert self.process.poll() is None, self.process.communicate()
             time.sleep(0.02)
 
     def end(self) -> None:
         """So that a test that fails leaves nothing to those behind it."""
-        if self.process.poll() is None:
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.communicate()
+        self.process.communicate()
 
 
 def wait_until_gone(group: int) -> None:
@@ -212,14 +209,17 @@ def wait_until_gone(group: int) -> None:
 
 @pytest.fixture
 def study(tmp_path):
+    """Started, and two trials far."""
     study = Study(tmp_path)
-    yield study
-    study.end()
+    try:
+        study.start()
+        yield study
+    finally:
+        study.end()
 
 
 def test_kill_9_loses_nothing_and_repeats_nothing(command, study):
-    process = study.start()
-    study.wait_for(process, 2)
+    process = study.process
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     kept = rows(study.run)
@@ -233,8 +233,7 @@ def test_kill_9_loses_nothing_and_repeats_nothing(command, study):
 
 
 def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(command, study):
-    process = study.start()
-    study.wait_for(process, 2)
+    process = study.process
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to everyone
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130
