@@ -238,3 +238,38 @@ def test_the_statistics_that_inference_used_are_those_of_its_backward() -> None:
     evenkeel.batch_norm(torch.randn(8, 3, 4, 4) * 9, None, None, *running, training=True)
     y.sum().backward()
     torch.testing.assert_close(x.grad, torch.full_like(x, (1 + 1e-5) ** -0.5))
+
+
+@pytest.mark.parametrize("backend", ["auto", "native", "reference"])
+def test_a_default_device_elsewhere(backend: str) -> None:
+    """What a call makes for itself is where its tensors are."""
+    torch.manual_seed(7)
+    x, residual, dy = torch.randn(3, 6, 5, 4, 4)
+    x.requires_grad_()
+
+    def both() -> tuple[torch.Tensor, ...]:
+        given = {"activation": "relu", "residual": residual, "backend": backend}
+        mean, var = torch.zeros(5, device="cpu"), torch.ones(5, device="cpu")
+        y = evenkeel.batch_norm(x, None, None, mean, var, training=True, **given)
+        dx = torch.autograd.grad(y, x, dy)[0]
+        return y, dx, evenkeel.batch_norm(x, None, None, mean, var, training=False, **given)
+
+    expected = both()
+    with torch.device("meta"):
+        got = both()
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_a_tensor_that_outlives_its_transform() -> None:
+    """Torch hides the memory of what escapes from torch.func, and its own ops find it again."""
+    escaped = []
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        escaped.append(x * 2)
+        return x.square().sum()
+
+    x = torch.randn(4, 3, 5, 5)
+    torch.func.grad(loss)(x)
+    expected = evenkeel.batch_norm(x * 2, training=True)
+    with torch.no_grad():
+        torch.testing.assert_close(evenkeel.batch_norm(escaped[0], training=True), expected)

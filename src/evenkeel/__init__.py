@@ -101,7 +101,9 @@ def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return import_module(f".{name}", __name__)
     if name in _HOMES:
-        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+        value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+        globals()[name] = value  # so that the next access, perhaps one of each step, is a plain one
+        return value
     raise AttributeError(f"module 'evenkeel' has no attribute '{name}'")
 
 

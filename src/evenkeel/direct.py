@@ -29,6 +29,9 @@ __all__ = ["PLAIN", "batch_norm", "is_plain", "kernels", "kind_of"]
 PLAIN = (Tensor, torch.nn.Parameter)
 """Classes whose operations are torch's own; a subclass may want to see them."""
 
+_is_left_over: Any = torch._C._functorch.is_dead_tensor_wrapper  # type: ignore[attr-defined]
+"""True for what outlived its transform of torch.func: torch hides where its values are."""
+
 _WIDE = (torch.float32, torch.float64)
 _BITS = ("relu", "leaky_relu", "relu6")
 """Activations whose gradient one bit decides."""
@@ -43,6 +46,14 @@ class _Plan(NamedTuple):
     """The view's four numbers and the type's, as the kernels take them."""
     owners: torch.Size
     """The shape of a statistic, which is also its order in memory."""
+    memory: Tensor
+    """What `_Call.memory` is like; it takes no room. To be like a tensor is cheaper than to be of
+    a shape and a dtype."""
+
+    @property
+    def row(self) -> int:
+        """Bytes from one row of that memory to the next."""
+        return 8 * self.owners.numel()
 
 
 class _Call(NamedTuple):
@@ -86,11 +97,10 @@ def batch_norm(
         and (residual is None or _is_like(residual, x))
     ):
         return None
-    memory = torch.empty((3, *plan.owners), dtype=torch.float64)
-    call = _Call(plan, act, eps, from_batch, memory)
+    call = _Call(plan, act, eps, from_batch, torch.empty_like(plan.memory))
     given = (x, weight, bias, residual)
     running = (running_mean, running_var, float(momentum))
-    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in given):
+    if not (torch.is_grad_enabled() and _any_requires_grad(*given)):
         if inplace:
             torch.autograd.graph.increment_version(x)
         return _forward(*given, call, None, *running, y=x if inplace else None)
@@ -109,6 +119,7 @@ def is_plain(x: Any) -> bool:
         and forward_ad._current_level < 0
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
+        and not _is_left_over(x)
         and not torch._C._get_tracing_state()
     )
 
@@ -117,6 +128,17 @@ def kind_of(x: Tensor) -> tuple[int, ...] | None:
     """What the kernels know a tensor with channels by: four numbers and a type; else None."""
     plan = _plan(parse("n c ... -> c"), x.shape, x.stride(), x.dtype)
     return None if plan is None else plan.kind
+
+
+def _any_requires_grad(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> bool:
+    return (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    )
 
 
 def _fits(one: Tensor | None, other: Tensor | None, shape: torch.Size) -> bool:
@@ -158,7 +180,9 @@ def _plan(
     if choose("auto", view, dtype, torch.device("cpu")).name != "native":
         return None
     kind = (*view.sizes, TYPES[dtype])
-    return _Plan(view, bound.kept, kind, torch.Size(bound.stat_shape))
+    owners = torch.Size(bound.stat_shape)
+    memory = torch.empty(1, dtype=torch.float64, device="cpu").expand(3, *owners)
+    return _Plan(view, bound.kept, kind, owners, memory)
 
 
 @lru_cache(maxsize=1)
@@ -225,7 +249,7 @@ class _Fused(torch.autograd.Function):
         mask = None
         if kept is not None and call.act.name in _BITS:
             size = kernels().mask_bytes(*call.plan.kind)
-            mask = kept = torch.empty(size, dtype=torch.uint8)
+            mask = kept = torch.empty(size, dtype=torch.uint8, device="cpu")
         y = _forward(x, weight, bias, residual, call, mask, *running)
         ctx.save_for_backward(x, weight, bias, kept)
         return y
@@ -235,9 +259,11 @@ class _Fused(torch.autograd.Function):
         if torch.is_grad_enabled():  # a second derivative is wanted, which the op has
             return _by_op(ctx, dy)
         x, weight, bias, kept = ctx.saved_tensors
-        (view, _, kind, _), act, _, from_batch, (mean, invstd, _) = ctx.call
+        plan, act, _, from_batch, memory = ctx.call
         wants_x, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[:4]
-        dy = aligned(dy.to(x.dtype), x, view)
+        if dy.dtype != x.dtype:
+            dy = dy.to(x.dtype)
+        dy = aligned(dy, x, plan.view)
         mask = kept if ctx.adds and act.name in _BITS else None
         maps = wants_x or (wants_residual and kept is not None)
         dx = torch.empty_like(x) if maps else None
@@ -247,13 +273,14 @@ class _Fused(torch.autograd.Function):
         if wants_residual and kept is not None:
             dresidual = torch.empty_like(x)
         reduces = wants_weight or wants_bias or from_batch
+        mean = memory.data_ptr()
         kernels().backward(
-            *kind,
+            *plan.kind,
             *(ACTS[act.name], act.slope, (REDUCE if reduces else 0) | (MAP if maps else 0)),
             *(torch.get_num_threads(), from_batch, dy.data_ptr(), x.data_ptr()),
             *(_address(kept if mask is None else None), _address(mask), _address(dx)),
             *(_address(dresidual if kept is not None else None), _address(weight), _address(bias)),
-            *(_is_single(weight, bias), mean.data_ptr(), invstd.data_ptr(), 0),
+            *(_is_single(weight, bias), mean, mean + plan.row, 0),
             *(_address(dweight), _address(dbias)),
         )
         return dx if wants_x else None, dweight, dbias, dresidual, None, None

@@ -61,7 +61,7 @@ class Native(Composite):
         return None
 
     def stats(self, x: Tensor, view: View) -> Moments:
-        memory = torch.zeros(3, *view.kept_sizes, dtype=torch.float64)
+        memory = torch.zeros(3, *view.kept_sizes, dtype=torch.float64, device="cpu")
         if x.numel():
             self._forward(x, view, Activation(), REDUCE, None, None, None, None, memory)
         elif view.count == 0:
@@ -93,7 +93,7 @@ class Native(Composite):
     ) -> Sums:
         if _mixed(x, dy, residual):
             return self._plain.backward_reduce(dy, x, view, affine, act, residual)
-        sums = torch.zeros(2, *view.kept_sizes, dtype=torch.float64)
+        sums = torch.zeros(2, *view.kept_sizes, dtype=torch.float64, device="cpu")
         self._backward(dy, x, view, affine, act, residual, REDUCE, True, None, None, sums)
         return Sums(*sums)
 
@@ -130,7 +130,7 @@ class Native(Composite):
         if x.numel() == 0 or (residual is not None and residual.dtype != x.dtype):
             return super().forward_training(x, view, weight, bias, eps, act, residual)
         y = torch.empty_like(x)
-        memory = torch.empty(3, *view.kept_sizes, dtype=torch.float64)
+        memory = torch.empty(3, *view.kept_sizes, dtype=torch.float64, device="cpu")
         self._forward(x, view, act, BOTH, residual, y, _flat(weight), _flat(bias), memory, eps)
         return y, memory[0].clone(), memory[2].clone()  # outputs must not share memory
 
@@ -148,7 +148,7 @@ class Native(Composite):
             return self._plain.backward(dy, x, view, affine, act, residual, from_batch)
         dx = torch.empty_like(x)
         dresidual = _dresidual(residual, dy, act)
-        sums = torch.zeros(2, *view.kept_sizes, dtype=torch.float64)
+        sums = torch.zeros(2, *view.kept_sizes, dtype=torch.float64, device="cpu")
         self._backward(dy, x, view, affine, act, residual, BOTH, from_batch, dx, dresidual, sums)
         return dx, dresidual, Sums(*(s.clone() for s in sums))  # outputs must not share memory
 

@@ -93,7 +93,7 @@ class ScaleShift(nn.Module):
             return None
         scale, shift, center, unit = (t.data_ptr() for t in given)
         y = torch.empty_like(x)
-        memory = torch.empty(3 * x.shape[1], dtype=torch.float64)
+        memory = torch.empty(3 * x.shape[1], dtype=torch.float64, device="cpu")
         kernels().forward(
             *what, torch.get_num_threads(), 0.0, x.data_ptr(), 0, y.data_ptr(), 0,
             scale, shift, True, memory.data_ptr(), center, unit, True, 0.0,

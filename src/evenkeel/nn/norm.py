@@ -202,15 +202,16 @@ def forward_with_memory(
         if updates and count is not None:
             wide = accumulation_dtype(torch.float32, count.device)
             momentum = (count + 1).to(wide).reciprocal()
-    remembers = module.running_mean is not None or module.running_var is not None
+    mean, var = module.running_mean, module.running_var  # once: a module looks long for its own
+    remembers = mean is not None or var is not None
     uses_memory = updates or (remembers and not module.training)
     y = normalize(
         x,
         spec,
         weight=module.weight,
         bias=module.bias,
-        running_mean=module.running_mean if uses_memory else None,
-        running_var=module.running_var if uses_memory else None,
+        running_mean=mean if uses_memory else None,
+        running_var=var if uses_memory else None,
         training=module.training or not remembers,
         momentum=momentum,
         eps=module.eps,

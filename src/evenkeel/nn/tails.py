@@ -53,7 +53,7 @@ def by_torch(act: Activation) -> Tail:
 def _by_kernel(module: Any, act: Activation, shape: tuple[int, ...]) -> Tail:
     plain = by_torch(act)
     images, channels, height, width = shape
-    identity = torch.ones(3, channels, dtype=torch.float64)
+    identity = torch.ones(3, channels, dtype=torch.float64, device="cpu")
     identity[0] = 0.0  # a mean of 0, and 1 / deviation
     view = (1, images * height * width, channels, 1, TYPES[torch.float32])
     what = (*view, ACTS[act.name], act.slope, MAP)
