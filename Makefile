@@ -1,7 +1,9 @@
 # make study: install into .venv and run the default study.   make test: install and run all tests.
 PYTHON ?= python3
 BIN := .venv/bin
-# What is not compiled to bytecode here is at its first import, and most never is.
+# What is not compiled to bytecode here is at its first import, and most never is. Where the setting
+# below forbids to keep it (many container images do), every process would compile all of torch anew.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check \
   --constraint constraints.txt
 
