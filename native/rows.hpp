@@ -97,12 +97,20 @@ struct Rows {
       f(i, start, cut, i + distance < p.r1 ? ahead : ahead - p.r1 * run_stride + p.r2);
     }
   }
-  INLINE static void foresee(const T* q, Index ahead) { __builtin_prefetch(q + ahead); }
+  // Asked once for each line.
+  INLINE static bool begins_line(int chain) {
+    return chain % (cache_line / static_cast<int>(L * sizeof(T))) == 0;
+  }
+  INLINE static void foresee(const T* q, Index ahead, int chain) {
+    if (begins_line(chain)) __builtin_prefetch(q + ahead);
+  }
   // While an owner is written past the cache, memory has time to bring the next one.
   INLINE void foresee_next(const T* q, int chain) const {
-    if (chain % (cache_line / static_cast<int>(L * sizeof(T))) == 0) __builtin_prefetch(q + p.r2, 0, 2);
+    if (begins_line(chain)) __builtin_prefetch(q + p.r2, 0, 2);
   }
-  INLINE static void foresee_store(T* q, Index ahead) { __builtin_prefetch(q + ahead, 1); }
+  INLINE static void foresee_store(T* q, Index ahead, int chain) {
+    if (begins_line(chain)) __builtin_prefetch(q + ahead, 1);
+  }
 
   // Calls f(first run, runs, offset in the run, length) for parts of about one tile.
   template <class F>
@@ -162,11 +170,11 @@ struct Rows {
       sweep(
           cut,
           [&](Index at, int chain) INLINE {
-            foresee(q + at, ahead);
+            foresee(q + at, ahead, chain);
             take(S::load(q + at) - pivot, chain);
           },
           [&](Index at, Part lanes) INLINE {
-            foresee(q + at, ahead);
+            foresee(q + at, ahead, 0);
             take(only<C>(lanes, S::load(q + at, lanes) - pivot), 3);
           });
     });
@@ -197,9 +205,9 @@ struct Rows {
       T* y = out(p.y, start);
       std::uint8_t* bits = keeps ? mask(i, s.j0) : nullptr;
       const Index lead = start % L;
-      auto value = [&](Index at, V v, V added) INLINE {
-        if constexpr (R) foresee(r + at, ahead);
-        if (!stream) foresee_store(y + at, ahead);
+      auto value = [&](Index at, V v, V added, int chain) INLINE {
+        if constexpr (R) foresee(r + at, ahead, chain);
+        if (!stream) foresee_store(y + at, ahead, chain);
         V z = (v - k.high) * k.scale + k.shift;
         if constexpr (R) z += added;
         if (R && has_mask(A) && keeps)
@@ -210,12 +218,12 @@ struct Rows {
           cut,
           [&](Index at, int chain) INLINE {
             if (stream) foresee_next(x + at, chain);
-            const V v = value(at, S::load(x + at), R ? S::load(r + at) : V{});
+            const V v = value(at, S::load(x + at), R ? S::load(r + at) : V{}, chain);
             stream ? S::stream(y + at, v) : S::store(y + at, v);
           },
           [&](Index at, Part lanes) INLINE {
             const V added = R ? S::load(r + at, lanes) : V{};
-            S::store(y + at, value(at, S::load(x + at, lanes), added), lanes);
+            S::store(y + at, value(at, S::load(x + at, lanes), added, 0), lanes);
           });
     };
     runs(s.i0, s.i1, s.j0, s.length(), each);
@@ -246,9 +254,9 @@ struct Rows {
         const T* r = adds ? in(p.residual, start) : nullptr;
         const std::uint8_t* bits = R == Source::mask ? mask(run, j) : nullptr;
         const Index lead = start % L;
-        auto take = [&](Index at, V v, V g, V added, int chain) INLINE {
-          foresee(x + at, ahead), foresee(dy + at, ahead);
-          if constexpr (adds) foresee(r + at, ahead);
+        auto take = [&](Index at, V v, V g, V added, int chain, int line) INLINE {
+          foresee(x + at, ahead, line), foresee(dy + at, ahead, line);
+          if constexpr (adds) foresee(r + at, ahead, line);
           const V d = v - k.high;
           const V dz = dz_of<A, R>(k, d, g, added, bits, (lead + at) / L, activation);
           one[chain] += dz;
@@ -257,12 +265,13 @@ struct Rows {
         sweep(
             cut,
             [&](Index at, int chain) INLINE {
-              take(at, S::load(x + at), S::load(dy + at), adds ? S::load(r + at) : V{}, chain);
+              take(at, S::load(x + at), S::load(dy + at), adds ? S::load(r + at) : V{}, chain,
+                   chain);
             },
             [&](Index at, Part lanes) INLINE {
               // Lanes without a value get dy = 0 and x = high, so that they add exactly nothing.
               const V v = k.high + only<C>(lanes, S::load(x + at, lanes) - k.high);
-              take(at, v, S::load(dy + at, lanes), adds ? S::load(r + at, lanes) : V{}, 3);
+              take(at, v, S::load(dy + at, lanes), adds ? S::load(r + at, lanes) : V{}, 3, 0);
             });
       };
       this->runs(i, i + runs, j, n, each);
@@ -283,9 +292,9 @@ struct Rows {
       T *dx = out(p.dx, start), *dr = writes_dr ? out(p.dresidual, start) : nullptr;
       const std::uint8_t* bits = R == Source::mask ? mask(i, s.j0) : nullptr;
       const Index lead = start % L;
-      auto both = [&](Index at, V v, V g, V added, auto write) INLINE {
-        if (!stream) foresee_store(dx + at, ahead);
-        if (R != Source::x && writes_dr && !stream) foresee_store(dr + at, ahead);
+      auto both = [&](Index at, V v, V g, V added, int chain, auto write) INLINE {
+        if (!stream) foresee_store(dx + at, ahead, chain);
+        if (R != Source::x && writes_dr && !stream) foresee_store(dr + at, ahead, chain);
         const V d = v - k.high;
         const V dz = dz_of<A, R>(k, d, g, added, bits, (lead + at) / L, activation);
         write(dx + at, from_batch ? k.a * dz + (k.b * d + k.c) : k.a * dz);
@@ -293,13 +302,13 @@ struct Rows {
       };
       sweep(
           cut,
-          [&](Index at, int) INLINE {
-            both(at, S::load(x + at), S::load(dy + at), adds ? S::load(r + at) : V{},
+          [&](Index at, int chain) INLINE {
+            both(at, S::load(x + at), S::load(dy + at), adds ? S::load(r + at) : V{}, chain,
                  [&](T* q, V v) INLINE { stream ? S::stream(q, v) : S::store(q, v); });
           },
           [&](Index at, Part lanes) INLINE {
             both(at, S::load(x + at, lanes), S::load(dy + at, lanes),
-                 adds ? S::load(r + at, lanes) : V{},
+                 adds ? S::load(r + at, lanes) : V{}, 0,
                  [&](T* q, V v) INLINE { S::store(q, v, lanes); });
           });
     };
