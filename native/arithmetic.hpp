@@ -60,16 +60,16 @@ struct Constants {
     Constants k{};
     const double scale = p.invstd[owner] * (p.weight ? p.weight[owner] : 1.0);
     const double rest = low(p, owner);
-    k.high = static_cast<C>(p.mean[owner]);
-    k.scale = static_cast<C>(scale);
-    k.shift = static_cast<C>((p.bias ? p.bias[owner] : 0.0) - (rest == 0 ? 0.0 : rest * scale));
+    k.high = plain<C>(p.mean[owner]);
+    k.scale = plain<C>(scale);
+    k.shift = plain<C>((p.bias ? p.bias[owner] : 0.0) - (rest == 0 ? 0.0 : rest * scale));
     if (!with_gradient) return k;
-    k.a = static_cast<C>(scale);
+    k.a = plain<C>(scale);
     if (p.from_batch) {
       const double m = static_cast<double>(p.count());
       const double slope = -scale * p.invstd[owner] * (p.sum_dz_xhat[owner] / m);
-      k.b = static_cast<C>(slope);
-      k.c = static_cast<C>(-scale * (p.sum_dz[owner] / m) - (rest == 0 ? 0.0 : rest * slope));
+      k.b = plain<C>(slope);
+      k.c = plain<C>(-scale * (p.sum_dz[owner] / m) - (rest == 0 ? 0.0 : rest * slope));
     }
     return k;
   }

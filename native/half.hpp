@@ -5,8 +5,15 @@
 namespace evenkeel {
 namespace EVENKEEL_ISA {
 
-// bfloat16 is the upper half of a float; back it is rounded to nearest even, and NaN stays NaN. The
-// compiler's conversions between lanes of two widths go by halves of a vector.
+// bfloat16 is the upper half of a float; back it is rounded to nearest even. NaN is not asked for: one
+// with an empty lower half stays NaN, and there is no other. What is read as bfloat16 has it empty,
+// arithmetic keeps or makes such a one, and `plain` sees to constants. The compiler's conversions
+// between lanes of two widths go by halves of a vector.
+template <class C>
+inline C plain(double value) {
+  return std::isnan(value) ? std::numeric_limits<C>::quiet_NaN() : static_cast<C>(value);
+}
+
 #if defined(__AVX512F__)
 inline VF widen(VH h, bf16) {
   const __m512i wide = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(h));
@@ -17,10 +24,7 @@ inline VH narrow(VF v, bf16) {
   const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
   const __m512i half = _mm512_add_epi32(u, _mm512_set1_epi32(0x7fff));
   const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(half, odd), 16);
-  const __m512 f = reinterpret_cast<__m512>(v);
-  const __mmask16 is_nan = _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q);
-  const __m512i all = _mm512_mask_or_epi32(rounded, is_nan, high, _mm512_set1_epi32(0x40));
-  return reinterpret_cast<VH>(_mm512_cvtepi32_epi16(all));
+  return reinterpret_cast<VH>(_mm512_cvtepi32_epi16(rounded));
 }
 #elif defined(__AVX2__)
 inline VF widen(VH h, bf16) {
@@ -30,16 +34,12 @@ inline VF widen(VH h, bf16) {
   return reinterpret_cast<VF>(_mm256_shuffle_epi8(both, upper));
 }
 inline VH narrow(VF v, bf16) {
-  const __m256 f = reinterpret_cast<__m256>(v);
   const __m256i u = reinterpret_cast<__m256i>(v), high = _mm256_srli_epi32(u, 16);
   const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
   const __m256i half = _mm256_add_epi32(u, _mm256_set1_epi32(0x7fff));
   const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(half, odd), 16);
-  const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
-  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(f, f, _CMP_UNORD_Q));
-  const __m256i all = _mm256_blendv_epi8(rounded, quiet, is_nan);
-  const __m128i low = _mm256_castsi256_si128(all);
-  return reinterpret_cast<VH>(_mm_packus_epi32(low, _mm256_extracti128_si256(all, 1)));
+  const __m128i low = _mm256_castsi256_si128(rounded);
+  return reinterpret_cast<VH>(_mm_packus_epi32(low, _mm256_extracti128_si256(rounded, 1)));
 }
 #else
 inline VF widen(VH h, bf16) {
@@ -48,10 +48,7 @@ inline VF widen(VH h, bf16) {
 }
 inline VH narrow(VF v, bf16) {
   VU u = reinterpret_cast<VU>(v);
-  VU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  VU quiet = (u >> 16) | 0x40u;
-  VU is_nan = reinterpret_cast<VU>(v != v);
-  return __builtin_convertvector((is_nan & quiet) | (~is_nan & rounded), VH);
+  return __builtin_convertvector((u + 0x7fffu + ((u >> 16) & 1u)) >> 16, VH);
 }
 #endif
 

@@ -119,6 +119,30 @@ def test_stores_past_the_cache(last, n, places, dtype) -> None:
         torch.testing.assert_close(mine, other, **tolerance)
 
 
+NANS = {"all ones": 2**63 - 1, "all ones, negative": -1, "the usual one": 0x7FF8 << 48}
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
+@pytest.mark.parametrize("name", Affine._fields)
+@pytest.mark.parametrize("bits", NANS.values(), ids=NANS)
+def test_nan_in_a_parameter_reaches_bfloat16(bits, name, last) -> None:
+    """Whatever its bits are: rounding to the upper half must not carry them away."""
+    x, dy = torch.randn(2, 3, 40, 7, 5).bfloat16()
+    if last:
+        x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
+    view = view_of(x.shape, x.stride(), (1,))
+    given = dict(zip(Affine._fields, torch.rand(4, 40, dtype=torch.float64) + 0.5, strict=True))
+    given[name][1] = torch.tensor(bits).view(torch.float64)
+    affine = Affine(**given)
+    y = NATIVE.apply(x, view, affine, RELU, None)
+    dx, *_ = NATIVE.backward(dy, x, view, affine, Activation(), None, True)
+    for got, reaches in ((y, True), (dx, name != "bias")):
+        wanted = torch.zeros_like(got, dtype=torch.bool)
+        wanted[:, 1] = reaches
+        assert torch.equal(got.isnan(), wanted)
+
+
 def test_variance_where_the_mean_is_a_thousand_deviations_away() -> None:
     torch.manual_seed(0)
     x = torch.randn(64, 8, 31, 29) + 1000
