@@ -110,13 +110,23 @@ class TestInterleaved:
         interleaved(sides, seconds=0, least=4, clock=clock)
         assert "".join(clock.called[2 * timing.WARM_UP :]) == "ab" + "ba" + "ba" + "ab"
 
+    def test_sides_that_compare_are_called_equally_often(self):
+        """Else the faster one, called twice, would hide its first call, the cold one."""
+        clock = FakeClock()
+        sides = {
+            name: clock.side(name, float(name)) for name in ("0.125", "0.75", "1.25", "2", "9")
+        }
+        found = interleaved(sides, seconds=0, least=2, most=2, shortest=1.0, clock=clock)
+        assert [samples.calls for samples in found.values()] == [8, 2, 2, 2, 1]
+
     def test_short_calls_are_timed_many_at_once(self):
         clock = FakeClock()
-        sides = {"short": clock.side("short", 1e-4), "long": clock.side("long", 1.0)}
+        short = 2.0**-13  # which a sum of floats keeps
+        sides = {"short": clock.side("short", short), "long": clock.side("long", 1.0)}
         found = interleaved(sides, seconds=0, least=2, clock=clock)
-        assert (found["short"].calls, found["long"].calls) == (10, 1)
-        assert found["short"].seconds == pytest.approx((1e-4, 1e-4))
-        assert clock.called.count("short") == timing.WARM_UP + 20
+        assert (found["short"].calls, found["long"].calls) == (9, 1)
+        assert found["short"].seconds == pytest.approx((short, short))
+        assert clock.called.count("short") == timing.WARM_UP + 18
 
     def test_no_collection_in_a_sample(self):
         seen: list[bool] = []
