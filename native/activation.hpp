@@ -45,7 +45,7 @@ template <Act A, class C>
 struct Activation {
   C slope;
 
-  explicit Activation(const Problem& p) : slope(plain<C>(p.slope)) {}
+  explicit Activation(const Problem& p) : slope(canonical<C>(p.slope)) {}
   explicit Activation(C of_negatives) : slope(of_negatives) {}
 
   template <class V>
@@ -97,7 +97,7 @@ struct Activation<any, C> {
   Act act;
   C slope;
 
-  explicit Activation(const Problem& p) : act(p.act), slope(plain<C>(p.slope)) {}
+  explicit Activation(const Problem& p) : act(p.act), slope(canonical<C>(p.slope)) {}
 
   template <class F>
   INLINE auto with(F f) const {

@@ -60,16 +60,16 @@ struct Constants {
     Constants k{};
     const double scale = p.invstd[owner] * (p.weight ? p.weight[owner] : 1.0);
     const double rest = low(p, owner);
-    k.high = plain<C>(p.mean[owner]);
-    k.scale = plain<C>(scale);
-    k.shift = plain<C>((p.bias ? p.bias[owner] : 0.0) - (rest == 0 ? 0.0 : rest * scale));
+    k.high = canonical<C>(p.mean[owner]);
+    k.scale = canonical<C>(scale);
+    k.shift = canonical<C>((p.bias ? p.bias[owner] : 0.0) - (rest == 0 ? 0.0 : rest * scale));
     if (!with_gradient) return k;
-    k.a = plain<C>(scale);
+    k.a = canonical<C>(scale);
     if (p.from_batch) {
       const double m = static_cast<double>(p.count());
       const double slope = -scale * p.invstd[owner] * (p.sum_dz_xhat[owner] / m);
-      k.b = plain<C>(slope);
-      k.c = plain<C>(-scale * (p.sum_dz[owner] / m) - (rest == 0 ? 0.0 : rest * slope));
+      k.b = canonical<C>(slope);
+      k.c = canonical<C>(-scale * (p.sum_dz[owner] / m) - (rest == 0 ? 0.0 : rest * slope));
     }
     return k;
   }

@@ -1,4 +1,5 @@
-// What is kept for each column of a slab while its rows go by, and what an owner's columns make together.
+// What is kept for each column of a slab while its rows go by, and what an owner's columns make
+// together.
 #pragma once
 #include <algorithm>
 #include <functional>

@@ -7,10 +7,10 @@ namespace EVENKEEL_ISA {
 
 // bfloat16 is the upper half of a float; back it is rounded to nearest even. NaN is not asked for: one
 // with an empty lower half stays NaN, and there is no other. What is read as bfloat16 has it empty,
-// arithmetic keeps or makes such a one, and `plain` sees to constants. The compiler's conversions
+// arithmetic keeps or makes such a one, and `canonical` sees to constants. The compiler's conversions
 // between lanes of two widths go by halves of a vector.
 template <class C>
-inline C plain(double value) {
+inline C canonical(double value) {
   return std::isnan(value) ? std::numeric_limits<C>::quiet_NaN() : static_cast<C>(value);
 }
 

@@ -286,6 +286,7 @@ struct Rows {
     const Activation<A, C> activation(p);
     constexpr bool adds = R == Source::sum && A != Act::none;
     const bool writes_dr = R != Source::x && p.dresidual, from_batch = p.from_batch;
+    constexpr bool waits = sizeof(T) > 2;  // for memory; of 16 bits it waits for arithmetic
     const auto each = [&](Index i, Index start, const Cut<L>& cut, Index ahead) INLINE {
       const T *x = in(p.x, start), *dy = in(p.dy, start);
       const T* r = adds ? in(p.residual, start) : nullptr;
@@ -293,6 +294,7 @@ struct Rows {
       const std::uint8_t* bits = R == Source::mask ? mask(i, s.j0) : nullptr;
       const Index lead = start % L;
       auto both = [&](Index at, V v, V g, V added, int chain, auto write) INLINE {
+        if (stream && waits) foresee_next(x + at, chain), foresee_next(dy + at, chain);
         if (!stream) foresee_store(dx + at, ahead, chain);
         if (R != Source::x && writes_dr && !stream) foresee_store(dr + at, ahead, chain);
         const V d = v - k.high;
