@@ -7,7 +7,7 @@ add. A shortcut makes an add of forward too, and with a ReLU behind it writes on
 traffic's outputs are new tensors, as a norm's are, and its side takes turns with the others: so it
 finds the caches as they do, which the copy of `evenkeel bench ops`, made many times in a row, does
 not. A norm in channels_last has to read its inputs twice, for which the first line below shows the
-price: reading alone is slower than half of a copy.
+price: reading a tensor takes about half as long as copying it.
 """
 
 from __future__ import annotations
@@ -34,11 +34,21 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="of each case")
     parser.add_argument("--batch", type=int, default=32, help="images")
     given = parser.parse_args()
-    allocator.keep_blocks()
-    bandwidth()
-    chosen, _ = cases(
+    if not 0 < given.seconds < float("inf"):
+        parser.error(f"--seconds is {given.seconds}; give a time above 0")
+    if given.batch < 2:
+        parser.error(f"--batch is {given.batch}; at least 2 are needed")
+    chosen, left_out = cases(
         batch=given.batch, layouts=("nchw", "channels_last"), dtypes=("float32",), quick=True
     )
+    for case in left_out:
+        print(f"left out: {case}")
+    if not chosen:
+        parser.error(f"--batch is {given.batch}, too large for every case")
+    minutes = (len(chosen) * 2 * given.seconds + 5) / 60
+    print(f"{len(chosen)} cases in float32, batch {given.batch}, about {minutes:.1f} minutes")
+    allocator.keep_blocks()
+    bandwidth()
     over: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
     print(f"{'milliseconds':<42}{'traffic':>8}{'ours':>8}{'eager':>8}   over the traffic")
     for case in chosen:

@@ -5,15 +5,16 @@
 namespace evenkeel {
 namespace EVENKEEL_ISA {
 
-// bfloat16 is the upper half of a float; back it is rounded to nearest even. NaN is not asked for: one
-// with an empty lower half stays NaN, and there is no other. What is read as bfloat16 has it empty,
-// arithmetic keeps or makes such a one, and `canonical` sees to constants. The compiler's conversions
-// between lanes of two widths go by halves of a vector.
+// A constant of the loops: what it is in their precision, any NaN as the plain one.
 template <class C>
 inline C canonical(double value) {
   return std::isnan(value) ? std::numeric_limits<C>::quiet_NaN() : static_cast<C>(value);
 }
 
+// bfloat16 is the upper half of a float; back it is rounded to nearest even. NaN is not asked for: one
+// with an empty lower half stays NaN, and there is no other. What is read as bfloat16 has it empty,
+// constants are canonical, and arithmetic keeps or makes such a one. The compiler's conversions between
+// lanes of two widths go by halves of a vector.
 #if defined(__AVX512F__)
 inline VF widen(VH h, bf16) {
   const __m512i wide = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(h));

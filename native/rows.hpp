@@ -254,9 +254,11 @@ struct Rows {
         const T* r = adds ? in(p.residual, start) : nullptr;
         const std::uint8_t* bits = R == Source::mask ? mask(run, j) : nullptr;
         const Index lead = start % L;
-        auto take = [&](Index at, V v, V g, V added, int chain, int line) INLINE {
-          foresee(x + at, ahead, line), foresee(dy + at, ahead, line);
-          if constexpr (adds) foresee(r + at, ahead, line);
+        auto ask = [&](Index at, int chain) INLINE {
+          foresee(x + at, ahead, chain), foresee(dy + at, ahead, chain);
+          if constexpr (adds) foresee(r + at, ahead, chain);
+        };
+        auto take = [&](Index at, V v, V g, V added, int chain) INLINE {
           const V d = v - k.high;
           const V dz = dz_of<A, R>(k, d, g, added, bits, (lead + at) / L, activation);
           one[chain] += dz;
@@ -265,13 +267,14 @@ struct Rows {
         sweep(
             cut,
             [&](Index at, int chain) INLINE {
-              take(at, S::load(x + at), S::load(dy + at), adds ? S::load(r + at) : V{}, chain,
-                   chain);
+              ask(at, chain);
+              take(at, S::load(x + at), S::load(dy + at), adds ? S::load(r + at) : V{}, chain);
             },
             [&](Index at, Part lanes) INLINE {
+              ask(at, 0);
               // Lanes without a value get dy = 0 and x = high, so that they add exactly nothing.
               const V v = k.high + only<C>(lanes, S::load(x + at, lanes) - k.high);
-              take(at, v, S::load(dy + at, lanes), adds ? S::load(r + at, lanes) : V{}, 3, 0);
+              take(at, v, S::load(dy + at, lanes), adds ? S::load(r + at, lanes) : V{}, 3);
             });
       };
       this->runs(i, i + runs, j, n, each);

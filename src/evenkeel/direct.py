@@ -313,7 +313,7 @@ def _stand_in(
 
     Where an activation is decided by one bit, nothing but the decision depends on the residual.
     """
-    call = ctx.call
+    call, mean = ctx.call, ctx.call.memory.data_ptr()
     with torch.no_grad():
         # dy = 1 goes through where the bit is set, and -1 is what stands for a bit that is not.
         passed, dx, through = torch.ones_like(x), torch.empty_like(x), torch.empty_like(x)
@@ -321,8 +321,7 @@ def _stand_in(
             *call.plan.kind,
             *(ACTS["relu"], 0.0, MAP, torch.get_num_threads(), False),
             *(passed.data_ptr(), x.data_ptr(), 0, mask.data_ptr(), dx.data_ptr()),
-            *(through.data_ptr(), 0, 0, False, call.memory[0].data_ptr()),
-            *(call.memory[1].data_ptr(), 0, 0, 0),
+            *(through.data_ptr(), 0, 0, False, mean, mean + call.plan.row, 0, 0, 0),
         )
         plain = call._replace(act=Activation())
         return (2 * through - 1) - _forward(x, weight, bias, None, plain, None, phases=MAP)
