@@ -50,14 +50,14 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each call so far went the shortest way."""
     calls: list[bool] = []
-    original = direct.batch_norm
+    original = direct.cpu.batch_norm
 
     def spy(*arguments):
         y = original(*arguments)
         calls.append(y is not None)
         return y
 
-    monkeypatch.setattr(direct, "batch_norm", spy)
+    monkeypatch.setattr(direct.cpu, "batch_norm", spy)
     return calls
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from evenkeel.direct import gpu
 from evenkeel.errors import BackendError
 from evenkeel.functional import batch_norm, normalize
 from evenkeel.kernels.select import choose
@@ -35,7 +36,7 @@ class TestTritonOnGpu(Contract):
     device = torch.device("cuda")
 
 
-SMALL = {"tile": 256, "resident": 0, "least": 64, "programs": 24}
+SMALL = {"tile": 256, "resident": 0, "least": 64, "programs": (24, 24)}
 SHAPES = {
     "prime sizes": ("n c h w -> c", (5, 13, 31, 29)),
     "vectors of eight": ("n c h w -> c", (6, 24, 16, 16)),
@@ -66,6 +67,7 @@ def test_triton_agrees_with_float64_on_the_cpu(
     planning = importlib.import_module("evenkeel.kernels.triton.planning")
     if BLOCKS[blocks]:
         monkeypatch.setattr(planning, "LIMITS", planning.Limits(**SMALL, **BLOCKS[blocks]))
+    gpu._plan.cache_clear()
     pattern, shape = SHAPES[shape]
     generator = torch.Generator().manual_seed(0)
     x, dy, residual = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
@@ -111,6 +113,87 @@ def test_triton_is_taken_where_it_runs():
     assert choose("triton", view, torch.float32, torch.device("cuda")).name == "triton"
     with pytest.raises(BackendError, match=r"it has no kernels for torch\.float64"):
         choose("triton", view, torch.float64, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_triton_moves_running_statistics(layout):
+    """In its own kernels, resident, merged where needed and merged apart; and not in inference."""
+    for shape in ((32, 8, 7, 7), (32, 8, 28, 28), (64, 3, 64, 64)):
+        x = torch.randn(shape, device="cuda").to(memory_format=layout) * 3 + 10
+        ours, theirs = BatchNorm2d(shape[1]).cuda(), torch.nn.BatchNorm2d(shape[1]).cuda()
+        ours.backend = "triton"
+        for training in (True, True, False):
+            y, wanted = (norm.train(training)(x) for norm in (ours, theirs))
+            torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
+        for mine, other in zip(ours.buffers(), theirs.buffers(), strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+def test_triton_from_slices_of_a_larger_buffer():
+    """Vectors that do not begin at a multiple of 16 bytes, as flattened parameters have them."""
+    flat = torch.rand(64, device="cuda")
+    x = torch.randn(16, 8, 14, 14, device="cuda")
+    for start in (0, 1, 8, 3):
+        weight, bias = flat[start : start + 8], flat[start + 9 : start + 17]
+        y = batch_norm(x, weight, bias, training=True, backend="triton")
+        wanted = F.batch_norm(x, None, None, weight, bias, training=True)
+        torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_triton_inside_a_compiled_graph(layout):
+    """Between a convolution and a sum, in bfloat16 under autocast, forward and backward."""
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = torch.nn.Conv2d(8, 16, 3, padding=1, bias=False), BatchNorm2d(16)
+            self.norm.backend, self.norm.activation = "triton", "relu"
+
+        def forward(self, x):
+            return self.norm(self.conv(x)) + 1
+
+    torch.manual_seed(0)
+    net = Net().cuda().to(memory_format=layout)
+    x = torch.randn(8, 8, 12, 12, device="cuda").to(memory_format=layout)
+    found = []
+    for step in (net, torch.compile(net, fullgraph=True)):
+        net.norm.reset_running_stats()
+        net.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            y = step(x)
+        y.float().square().mean().backward()
+        found.append([y.float(), *(p.grad.clone() for p in net.parameters()), *net.buffers()])
+        found[-1] = [t.clone() for t in found[-1]]
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got.float(), wanted.float(), rtol=3e-2, atol=3e-2)
+
+
+def test_triton_under_ddp(tmp_path):
+    """One process, NCCL: buffers are broadcast and gradients reduced as for torch's norms."""
+    dist = torch.distributed
+    if not (dist.is_available() and dist.is_nccl_available()):
+        pytest.skip("torch has no NCCL here")
+    dist.init_process_group("nccl", f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        norm = BatchNorm2d(8).cuda()
+        norm.backend = "triton"
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), norm, torch.nn.ReLU()).cuda()
+        ddp = torch.nn.parallel.DistributedDataParallel(net, device_ids=[0])
+        x = torch.randn(4, 3, 9, 9, device="cuda")
+        ddp(x).square().mean().backward()
+        own = [p.grad.clone() for p in net.parameters()]
+        net.zero_grad()
+        net(x).square().mean().backward()
+        for got, p in zip(own, net.parameters(), strict=True):
+            torch.testing.assert_close(got, p.grad, rtol=1e-4, atol=1e-5)
+        assert int(norm.num_batches_tracked) == 2
+        sync = torch.nn.SyncBatchNorm.convert_sync_batchnorm(torch.nn.BatchNorm2d(8).cuda())
+        norm.reset_running_stats()
+        torch.testing.assert_close(sync(net[0](x)), norm(net[0](x)), rtol=1e-4, atol=1e-4)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_triton_in_a_cuda_graph():

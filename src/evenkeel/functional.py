@@ -148,9 +148,9 @@ def normalize(
     if inplace:
         _check_writable(x, weight, bias, residual)
     from_batch = training or not spec.averages_batch
-    if backend in ("auto", "native") and not sizes:
+    if not sizes:
         given = (running_mean, running_var, from_batch, momentum)
-        y = direct.batch_norm(x, spec, weight, bias, *given, eps, act, residual, inplace)
+        y = direct.batch_norm(x, spec, weight, bias, *given, eps, act, residual, inplace, backend)
         if y is not None:
             return y
     bound = _bound(spec, x, sizes or {})
@@ -199,8 +199,12 @@ def _check_writable(x: Tensor, *others: Tensor | None) -> None:
 
 def _remember(running: Tensor, new: Tensor, momentum: float | Tensor) -> None:
     """running = (1 - momentum) * running + momentum * new, in the precision of ``new``."""
+    new = new.reshape(running.shape)
+    if running.dtype == new.dtype and not isinstance(momentum, Tensor):
+        running.lerp_(new, momentum)  # one kernel on a GPU, where there would be five
+        return
     old = running.to(new.dtype)
-    running.copy_(old * (1 - momentum) + new.reshape(running.shape) * momentum)
+    running.copy_(old * (1 - momentum) + new * momentum)
 
 
 def _per_owner(vector: Tensor | None, bound: Bound) -> Tensor | None:

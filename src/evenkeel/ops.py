@@ -42,23 +42,6 @@ def norm_op(
     have one value per owner in that order. With ``mean`` and ``var`` given those are used instead,
     as constants, and the two returned statistics are empty.
     """
-    return forward(x, weight, bias, residual, mean, var, kept, eps, activation, slope, backend)[:3]
-
-
-def forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    kept: Sequence[int],
-    eps: float,
-    activation: str,
-    slope: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Affine]:
-    """y, mean, variance, and what x was mapped with."""
     x, view = dense(x, kept)
     verbs = _verbs(backend, view, x)
     act = Activation(activation, slope)
@@ -67,15 +50,10 @@ def forward(
         affine = _affine(view, x, weight, bias, mean, var, eps)
         y = verbs.apply(x, view, affine, act, added)
         nothing = y.new_empty(0, dtype=affine.mean.dtype)
-        return _like(y, x), nothing, nothing.clone(), affine
+        return _like(y, x), nothing, nothing.clone()
     parameters = (_folded(weight, view, x), _folded(bias, view, x))
     y, mean, var = verbs.forward_training(x, view, *parameters, eps, act, added)
-    return (
-        _like(y, x),
-        view.unfold_vector(mean, x.shape),
-        view.unfold_vector(var, x.shape),
-        Affine(mean, (var + eps).rsqrt(), *parameters),
-    )
+    return _like(y, x), view.unfold_vector(mean, x.shape), view.unfold_vector(var, x.shape)
 
 
 @norm_op.register_fake
@@ -120,22 +98,6 @@ def norm_backward(
     x, view = dense(x, kept)
     affine = _affine(view, x, weight, bias, mean, var, eps)
     act = Activation(activation, slope)
-    return gradients(dy, x, view, weight, bias, residual, affine, from_batch, act, backend)
-
-
-def gradients(
-    dy: Tensor,
-    x: Tensor,
-    view: View,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    affine: Affine,
-    from_batch: bool,
-    act: Activation,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `norm_backward` returns, for an x that is dense."""
     verbs = _verbs(backend, view, x)
     dy = aligned(dy, x, view)
     added = None if residual is None else aligned(residual, x, view)

@@ -201,7 +201,7 @@ BORDERED: dict[Any, Any] = {
 
 def _is_unwatched(x: Any) -> bool:
     """True if nobody follows what is done with a value."""
-    return not torch.compiler.is_compiling() and is_plain(x)
+    return not torch.compiler.is_compiling() and is_plain(x) and x.is_cpu
 
 
 def _is_vector(t: Tensor, length: int) -> bool:

@@ -165,6 +165,7 @@ def is_open(x: Any) -> bool:
     return not torch.compiler.is_compiling() and (
         ways.HAS_OPS
         and is_plain(x)
+        and x.is_cpu
         and torch._C._get_mkldnn_enabled()
         and not torch.is_autocast_enabled("cpu")
     )

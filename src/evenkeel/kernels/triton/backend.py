@@ -1,12 +1,10 @@
-"""The verbs, as launches of kernels. Nothing here waits for the device."""
+"""The verbs, made of the calls."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +14,11 @@ from ...view import View
 from ..contract import Activation, Affine, Composite, Moments, Sums, accumulation_dtype
 from ..reference import Reference
 from . import planning
+from .calls import Calls
+from .launching import Launcher
 from .planning import Plan
 
-__all__ = ["Triton"]
+__all__ = ["Triton", "plan_of"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST = (8, 0)
@@ -31,12 +31,13 @@ class Triton(Composite):
 
     def __init__(self) -> None:
         try:
-            self._kernels: Any = import_module(".kernels", __package__)
+            kernels = import_module(".kernels", __package__)
         except ImportError as error:
             raise BackendError(
                 f"Triton cannot be imported ({first_line(error)}); pip install evenkeel[gpu]"
             ) from error
-        self._interpreted = type(self._kernels.apply).__name__ == "InterpretedFunction"
+        self._interpreted = type(kernels.apply).__name__ == "InterpretedFunction"
+        self.calls = Calls(Launcher(kernels, self._interpreted))
         self._plain = Reference()
 
     def describe(self) -> str:
@@ -69,9 +70,8 @@ class Triton(Composite):
     def stats(self, x: Tensor, view: View) -> Moments:
         if x.numel() == 0:
             return self._plain.stats(x, view)
-        p, mean, m2 = _walk(x, view), *_vectors(x, view, 2)
-        with _on(x):
-            self._merge_moments(x, p, self._moments(x, p), mean, m2)
+        p, (mean, m2) = _walk(x, view), _vectors(x, view, 2)
+        self.calls.stats(x, p, mean, m2)
         return Moments(view.count, mean, m2)
 
     def merge(self, parts: Sequence[Moments]) -> Moments:
@@ -80,10 +80,10 @@ class Triton(Composite):
     def apply(
         self, x: Tensor, view: View, affine: Affine, act: Activation, residual: Tensor | None
     ) -> Tensor:
-        y = self._like(x)
+        y = self.like(x)
+        mean, invstd, *own = _flat(affine)
         if x.numel():
-            with _on(x):
-                self._apply(x, _walk(x, view), act, residual, y, *_flat(affine))
+            self.calls.map(x, _walk(x, view), residual, y, mean, None, invstd, own, 0.0, act)
         return y.to(x.dtype)
 
     def backward_reduce(
@@ -98,9 +98,7 @@ class Triton(Composite):
         if x.numel() == 0:
             return self._plain.backward_reduce(dy, x, view, affine, act, residual)
         p, sums = _walk(x, view), Sums(*_vectors(x, view, 2))
-        with _on(x):
-            parts = self._reduce(dy, x, p, _flat(affine), act, residual)
-            self._merge_sums(p, parts, sums)
+        self.calls.reduce(dy, x, p, _flat(affine), act, residual, sums)
         return sums
 
     def backward_dx(
@@ -113,12 +111,11 @@ class Triton(Composite):
         residual: Tensor | None,
         sums: Sums | None,
     ) -> tuple[Tensor, Tensor | None]:
-        dx, dresidual = self._like(x), self._dresidual(residual, act)
+        dx, dresidual = self.like(x), self.dresidual(residual, act)
         if x.numel():
             given = None if sums is None else Sums(sums.dz.contiguous(), sums.dz_xhat.contiguous())
-            with _on(x):
-                p = _walk(x, view)
-                self._dx(dy, x, p, _flat(affine), act, residual, dx, dresidual, given)
+            known, p = _flat(affine), _walk(x, view)
+            self.calls.dx(dy, x, p, known, act, residual, dx, dresidual, given)
         return dx.to(x.dtype), _passed_on(residual, dresidual, dy)
 
     def forward_training(
@@ -133,22 +130,10 @@ class Triton(Composite):
     ) -> tuple[Tensor, Tensor, Tensor]:
         if x.numel() == 0:
             return super().forward_training(x, view, weight, bias, eps, act, residual)
-        p, y = planning.plan(view, x.itemsize, True, planning.LIMITS), self._like(x)
-        mean, var = _vectors(x, view, 2)
-        weight, bias = _whole(weight), _whole(bias)
-        with _on(x):
-            if p.resident:
-                kernel = self._kernels.forward_resident
-                tensors = (x, residual, y, mean, weight, bias, var, eps, act.slope)
-                self._launch(kernel, p, 1, *tensors, *p.sizes, ACT=act.name)
-                return y.to(x.dtype), mean, var
-            parts = self._moments(x, p)
-            if p.fused:
-                self._apply(x, p, act, residual, y, mean, None, weight, bias, parts, var, eps)
-                return y.to(x.dtype), mean, var
-            (invstd,) = _vectors(x, view, 1)
-            self._merge_moments(x, p, parts, mean, None, var, invstd, eps)
-            self._apply(x, p, act, residual, y, mean, invstd, weight, bias)
+        p, y = plan_of(view, x.itemsize), self.like(x)
+        mean, var, invstd = _vectors(x, view, 3)
+        statistics, own = (mean, var, invstd, None, None), (_whole(weight), _whole(bias))
+        self.calls.train(x, p, residual, y, statistics, own, eps, 0.0, act)
         return y.to(x.dtype), mean, var
 
     def backward(
@@ -163,134 +148,20 @@ class Triton(Composite):
     ) -> tuple[Tensor, Tensor | None, Sums]:
         if x.numel() == 0:
             return super().backward(dy, x, view, affine, act, residual, from_batch)
-        p, known = planning.plan(view, x.itemsize, True, planning.LIMITS), _flat(affine)
-        dx, dresidual = self._like(x), self._dresidual(residual, act)
+        p = plan_of(view, x.itemsize)
+        dx, dresidual = self.like(x), self.dresidual(residual, act)
         sums = Sums(*_vectors(x, view, 2))
-        with _on(x):
-            if p.resident:
-                kernel = self._kernels.backward_resident
-                tensors = (dy, x, _used(residual, act), dx, dresidual, *known, *sums, act.slope)
-                options = {"ACT": act.name, "FROM_BATCH": from_batch}
-                self._launch(kernel, p, 1, *tensors, *p.sizes, **options)
-            elif not from_batch:  # dx does not wait for the sums
-                parts = self._reduce(dy, x, p, known, act, residual, dx, dresidual)
-                self._merge_sums(p, parts, sums)
-            else:
-                parts = self._reduce(dy, x, p, known, act, residual)
-                if not p.fused:
-                    self._merge_sums(p, parts, sums)
-                own = parts if p.fused else None
-                self._dx(dy, x, p, known, act, residual, dx, dresidual, sums, own)
+        known = _flat(affine)
+        self.calls.backward(dy, x, p, residual, dx, dresidual, known, sums, act, from_batch)
         return dx.to(x.dtype), _passed_on(residual, dresidual, dy), sums
 
-    def _moments(self, x: Tensor, p: Plan) -> Tensor:
-        parts = x.new_empty(2, p.splits, p.owners, dtype=torch.float32)
-        self._launch(self._kernels.moments, p, p.splits, x, parts, p.owners, *p.sizes)
-        return parts
-
-    def _merge_moments(
-        self,
-        x: Tensor,
-        p: Plan,
-        parts: Tensor,
-        mean: Tensor,
-        m2: Tensor | None,
-        var: Tensor | None = None,
-        invstd: Tensor | None = None,
-        eps: float = 0.0,
-    ) -> None:
-        m = p.merging()
-        outputs = (mean, m2, var, invstd, eps, p.owners, p.splits)
-        self._launch(self._kernels.merge_moments, m, 1, x, parts, *outputs, *m.sizes, PARTS=p.parts)
-
-    def _apply(
-        self,
-        x: Tensor,
-        p: Plan,
-        act: Activation,
-        residual: Tensor | None,
-        y: Tensor,
-        mean: Tensor,
-        invstd: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        parts: Tensor | None = None,
-        var: Tensor | None = None,
-        eps: float = 0.0,
-    ) -> None:
-        vectors = (parts, mean, invstd, weight, bias, var, eps, act.slope, p.owners, p.splits)
-        options = {"PARTS": 1 if parts is None else p.parts, "ACT": act.name}
-        kernel = self._kernels.apply
-        self._launch(kernel, p, p.splits, x, residual, y, *vectors, *p.sizes, **options)
-
-    def _reduce(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        p: Plan,
-        affine: Affine,
-        act: Activation,
-        residual: Tensor | None,
-        dx: Tensor | None = None,
-        dresidual: Tensor | None = None,
-    ) -> Tensor:
-        parts = x.new_empty(2, p.splits, p.owners, dtype=torch.float32)
-        tensors = (dy, x, _used(residual, act), parts, *affine, dx, dresidual, act.slope, p.owners)
-        kernel = self._kernels.backward_reduce
-        self._launch(kernel, p, p.splits, *tensors, *p.sizes, ACT=act.name)
-        return parts
-
-    def _merge_sums(self, p: Plan, parts: Tensor, sums: Sums) -> None:
-        m = p.merging()
-        self._kernels.merge_sums[(m.groups,)](
-            *(parts, *sums, p.owners, p.splits, *m.sizes[:2]),
-            COLUMNS=p.columns,
-            B=m.b,
-            UNIT=m.unit,
-            num_warps=m.warps,
-            enable_fp_fusion=True,
-            PARTS=p.parts,
-        )
-
-    def _dx(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        p: Plan,
-        affine: Affine,
-        act: Activation,
-        residual: Tensor | None,
-        dx: Tensor,
-        dresidual: Tensor | None,
-        sums: Sums | None,
-        parts: Tensor | None = None,
-    ) -> None:
-        one, two = (None, None) if sums is None else sums
-        tensors = (dy, x, _used(residual, act), dx, dresidual, parts, *affine, one, two)
-        options = {"PARTS": 1 if parts is None else p.parts, "ACT": act.name}
-        numbers = (act.slope, p.owners, p.splits, *p.sizes)
-        self._launch(self._kernels.backward_dx, p, p.splits, *tensors, *numbers, **options)
-
-    def _like(self, t: Tensor) -> Tensor:
+    def like(self, t: Tensor) -> Tensor:
         """Memory for a result. The interpreter rounds to bfloat16 towards zero, so torch must."""
         return torch.empty_like(t, dtype=torch.float32 if self._interpreted else None)
 
-    def _dresidual(self, residual: Tensor | None, act: Activation) -> Tensor | None:
+    def dresidual(self, residual: Tensor | None, act: Activation) -> Tensor | None:
         """Where the residual's gradient goes, unless it is dy."""
-        return None if residual is None or act.name == "none" else self._like(residual)
-
-    def _launch(self, kernel: Any, p: Plan, splits: int, *given: Any, **options: Any) -> None:
-        kernel[(p.groups, splits)](
-            *given,
-            COLUMNS=p.columns,
-            A=p.a,
-            B=p.b,
-            UNIT=p.unit,
-            WIDE=p.wide,
-            num_warps=p.warps,
-            enable_fp_fusion=True,
-            **options,
-        )
+        return None if residual is None or act.name == "none" else self.like(residual)
 
 
 @cache
@@ -304,15 +175,13 @@ def _unfit(device: torch.device) -> str | None:
     return None
 
 
+def plan_of(view: View, itemsize: int) -> Plan:
+    """How the calls `Calls.train` and `Calls.backward` are divided."""
+    return planning.plan(view, itemsize, True, planning.LIMITS)
+
+
 def _walk(x: Tensor, view: View) -> Plan:
     return planning.plan(view, x.itemsize, False, planning.LIMITS)
-
-
-def _on(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be x's."""
-    if not x.is_cuda or x.device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(x.device)
 
 
 def _vectors(x: Tensor, view: View, count: int) -> list[Tensor]:
@@ -328,11 +197,6 @@ def _whole(vector: Tensor | None) -> Tensor | None:
 def _flat(affine: Affine) -> Affine:
     mean, invstd, weight, bias = affine
     return Affine(mean.contiguous(), invstd.contiguous(), _whole(weight), _whole(bias))
-
-
-def _used(residual: Tensor | None, act: Activation) -> Tensor | None:
-    """The residual, where backward depends on it."""
-    return None if act.name == "none" else residual
 
 
 def _passed_on(residual: Tensor | None, dresidual: Tensor | None, dy: Tensor) -> Tensor | None:

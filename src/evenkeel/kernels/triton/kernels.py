@@ -18,7 +18,7 @@ then splits, are merged at once: ``m2 = sum(m2_i + n_i * (mean_i - mean)^2)``. A
 of an owner's values is read once and has its mean first, then the squares of what is left.
 
 Pointers to vectors may be float64, as on the CPU, where the interpreter runs. Arithmetic is
-float32. The arguments from ``across`` on are `planning.Plan.sizes`, and mean what it says.
+float32. The arguments from ``count`` on are `planning.Plan.numbers`, and mean what it says.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from .tiles import (
     owners_of,
     pivot_of,
     store_parts,
+    store_statistics,
     store_sum,
     summed,
     tile,
@@ -58,7 +59,8 @@ _SIZES = ["across", "run", "jump", "block", "magic", "shift", "length", "per", "
 
 @triton.jit(do_not_specialize=_SIZES)
 def moments(
-    x, parts, count, across, run, jump, block, magic, shift, length, per,
+    x, parts,
+    count, splits, across, run, jump, block, magic, shift, length, per,
     COLUMNS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Of each split, the mean about the pivot and m2, into ``parts``."""
@@ -87,12 +89,12 @@ def moments(
 
 @triton.jit(do_not_specialize=_SIZES)
 def merge_moments(
-    x, parts, mean, m2, var, invstd, eps, count, splits,
-    across, run, jump, block, magic, shift, length, per,
+    x, parts, mean, m2, var, invstd, running_mean, running_var, eps, momentum,
+    count, splits, across, run, jump, block, magic, shift, length, per,
     COLUMNS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Each owner's mean, and m2 or else variance and invstd, from its splits'."""
+    """Each owner's mean, and m2 or else all that `store_statistics` does, from its splits'."""
     group = tl.program_id(0)
     owners, real, base, lanes = owners_of(group, across, run, block, COLUMNS, B, UNIT, WIDE)
     pivot = pivot_of(x, base, lanes, real, UNIT, COLUMNS)
@@ -100,23 +102,25 @@ def merge_moments(
     apart, square = merged_moments(
         parts, owners, real, count, splits, per, length, COLUMNS, values, PARTS
     )
-    store_sum(mean, pivot, apart, owners, real)
-    if var is None:
+    if m2 is not None:
+        store_sum(mean, pivot, apart, owners, real)
         tl.store(m2 + owners, square, real)
     else:
-        variance = square / (length * values).to(tl.float32)
-        tl.store(var + owners, variance, real)
-        tl.store(invstd + owners, tl.rsqrt(variance + eps), real)
+        store_statistics(
+            mean, var, invstd, running_mean, running_var, eps, momentum,
+            pivot, apart, square, length * values, owners, real,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def apply(
-    x, residual, y, parts, mean, invstd, weight, bias, var, eps, slope, count, splits,
-    across, run, jump, block, magic, shift, length, per,
+    x, residual, y, parts, mean, var, invstd, running_mean, running_var, weight, bias,
+    eps, momentum, slope,
+    count, splits, across, run, jump, block, magic, shift, length, per,
     COLUMNS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
     PARTS: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
-    """y. With ``parts``, mean and variance are merged from them, and stored; else they are given.
+    """y. With ``parts``, the statistics are merged from them, and stored; else they are given.
 
     It begins where the statistics ended: what those read last is still in cache.
     """
@@ -125,19 +129,23 @@ def apply(
     owners, real, base, lanes = owners_of(group, across, run, block, COLUMNS, B, UNIT, WIDE)
     if parts is None:
         centre = vector(mean, owners, real, 0.0)
-        scale = vector(invstd, owners, real, 1.0)
+        if invstd is None:
+            scale = tl.rsqrt(vector(var, owners, real, 1.0) + eps)
+        else:
+            scale = vector(invstd, owners, real, 1.0)
     else:
         pivot = pivot_of(x, base, lanes, real, UNIT, COLUMNS)
         values: tl.constexpr = 1 if COLUMNS else B
         apart, square = merged_moments(
             parts, owners, real, count, splits, per, length, COLUMNS, values, PARTS
         )
-        variance = square / (length * values).to(tl.float32)
         if split == 0:
-            store_sum(mean, pivot, apart, owners, real)
-            tl.store(var + owners, variance, real)
+            store_statistics(
+                mean, var, invstd, running_mean, running_var, eps, momentum,
+                pivot, apart, square, length * values, owners, real,
+            )  # fmt: skip
         centre = pivot + apart
-        scale = tl.rsqrt(variance + eps)
+        scale = tl.rsqrt(square / (length * values).to(tl.float32) + eps)
     scale *= vector(weight, owners, real, 1.0)
     offset = vector(bias, owners, real, 0.0)
     start = split * per
@@ -153,12 +161,13 @@ def apply(
 
 @triton.jit(do_not_specialize=_SIZES)
 def forward_resident(
-    x, residual, y, mean, weight, bias, var, eps, slope,
-    across, run, jump, block, magic, shift, length, per,
+    x, residual, y, mean, var, invstd, running_mean, running_var, weight, bias,
+    eps, momentum, slope,
+    count, splits, across, run, jump, block, magic, shift, length, per,
     COLUMNS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
     ACT: tl.constexpr,
 ):  # fmt: skip
-    """y, mean and biased variance; x is read once, for all of an owner's values fit in the tile."""
+    """y and the statistics; x is read once, for all of an owner's values fit in the tile."""
     group = tl.program_id(0)
     owners, real, base, lanes = owners_of(group, across, run, block, COLUMNS, B, UNIT, WIDE)
     pivot = pivot_of(x, base, lanes, real, UNIT, COLUMNS)
@@ -168,10 +177,12 @@ def forward_resident(
     n = (length * values).to(tl.float32)
     apart = total(tl.where(exist, value - pivot, 0), COLUMNS) / n
     centred = tl.where(exist, value - pivot - apart, 0)
-    variance = total(centred * centred, COLUMNS) / n
-    store_sum(mean, pivot, apart, owners, real)
-    tl.store(var + owners, variance, real)
-    scale = tl.rsqrt(variance + eps) * vector(weight, owners, real, 1.0)
+    square = total(centred * centred, COLUMNS)
+    store_statistics(
+        mean, var, invstd, running_mean, running_var, eps, momentum,
+        pivot, apart, square, length * values, owners, real,
+    )  # fmt: skip
+    scale = tl.rsqrt(square / n + eps) * vector(weight, owners, real, 1.0)
     offset = vector(bias, owners, real, 0.0)
     z = before_activation(value - (pivot + apart), scale, offset, residual, places, exist)
     tl.store(y + places, activate(z, slope, ACT), exist)
@@ -179,8 +190,8 @@ def forward_resident(
 
 @triton.jit(do_not_specialize=_SIZES)
 def backward_reduce(
-    dy, x, residual, parts, mean, invstd, weight, bias, dx, dresidual, slope, count,
-    across, run, jump, block, magic, shift, length, per,
+    dy, x, residual, dx, dresidual, parts, mean, invstd, weight, bias, slope,
+    count, splits, across, run, jump, block, magic, shift, length, per,
     COLUMNS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
     ACT: tl.constexpr,
 ):  # fmt: skip
@@ -215,8 +226,10 @@ def backward_reduce(
 
 @triton.jit(do_not_specialize=_SIZES)
 def merge_sums(
-    parts, sum_dz, sum_dz_xhat, count, splits, across, run,
-    COLUMNS: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, PARTS: tl.constexpr,
+    parts, sum_dz, sum_dz_xhat,
+    count, splits, across, run, jump, block, magic, shift, length, per,
+    COLUMNS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """Each owner's two sums, from its splits'."""
     owners, real, _, _ = owners_of(tl.program_id(0), across, run, 0, COLUMNS, B, UNIT, False)
@@ -272,7 +285,7 @@ def backward_dx(
 @triton.jit(do_not_specialize=_SIZES)
 def backward_resident(
     dy, x, residual, dx, dresidual, mean, invstd, weight, bias, sum_dz, sum_dz_xhat, slope,
-    across, run, jump, block, magic, shift, length, per,
+    count, splits, across, run, jump, block, magic, shift, length, per,
     COLUMNS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
     ACT: tl.constexpr, FROM_BATCH: tl.constexpr,
 ):  # fmt: skip

@@ -5,9 +5,10 @@ No search and no device is asked, so that the same call gives the same bits on e
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from math import gcd
+from typing import Any
 
 from ...view import View
 
@@ -26,7 +27,10 @@ class Limits:
         resident: values of a tensor that a program may keep, of x alone or of x and dy. Compiled
             for compute capability 9.0, twice as many spill in the forward kernel.
         least: values that a program should have, or splitting does not pay.
-        programs: how many to aim for.
+        programs: how many to aim for, in rows and in columns. Compiled for compute capability 9.0,
+            two to six of them fit on a multiprocessor at once, and with these numbers the last
+            round of programs is nearly full. In columns all of a tensor's programs may have parts
+            of the same owners, so fewer are better to merge.
         fused: up to so many splits are merged by every program that needs the result; more, by a
             kernel of their own.
         line: bytes of a row that a program takes at a time.
@@ -37,7 +41,7 @@ class Limits:
     tile: int = 4096
     resident: int = 16384
     least: int = 8192
-    programs: int = 1024
+    programs: tuple[int, int] = (1536, 1024)
     fused: int = 64
     line: int = 128
     lanes: int = 16
@@ -51,8 +55,9 @@ LIMITS = Limits()
 class Plan:
     """One call's division; see `kernels` for steps, units and the two schedules.
 
-    ``groups`` by ``splits`` programs walk, ``a`` steps by ``b`` values at a time. ``sizes`` are, in
-    the order in which every kernel takes them:
+    ``groups`` by ``splits`` programs walk, ``a`` steps by ``b`` values at a time. ``launches`` is
+    what `launching` has found out about them. ``sizes`` are, in the order in which every kernel
+    takes them behind ``owners`` and ``splits``:
 
     - ``across``: groups along k2.
     - ``run``: the fast run, in units of ``unit`` values.
@@ -73,21 +78,29 @@ class Plan:
     owners: int
     sizes: tuple[int, ...]
     warps: int
+    launches: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
-    @property
+    @cached_property
+    def numbers(self) -> tuple[int, ...]:
+        """The whole numbers that a kernel takes."""
+        return (self.owners, self.splits, *self.sizes)
+
+    @cached_property
     def parts(self) -> int:
         """A power of two, splits or more."""
         return _power(self.splits)
 
+    @cached_property
     def merging(self) -> Plan:
         """The same, divided for the kernels that only merge: few owners for each of them."""
         if not self.columns:
-            return replace(self, warps=_warps(self.parts, 16))
+            return replace(self, warps=_warps(self.parts, 16), launches={})
         b = min(self.b, 8)
         warps = _warps(self.parts * b, 16)
         across = -(-self.sizes[1] * self.unit // b)
         groups = self.groups // self.sizes[0] * across
-        return replace(self, groups=groups, b=b, sizes=(across, *self.sizes[1:]), warps=warps)
+        sizes = (across, *self.sizes[1:])
+        return replace(self, groups=groups, b=b, sizes=sizes, warps=warps, launches={})
 
 
 @lru_cache(maxsize=4096)
@@ -113,7 +126,7 @@ def plan(view: View, itemsize: int, keeps: bool = False, limits: Limits = LIMITS
     groups = k1 * across
     resident = keeps and b * _power(length) <= limits.resident
     a = _power(length) if resident else max(1, min(_power(length), limits.tile // b))
-    splits = 1 if resident else _splits(groups, length, a, b, limits)
+    splits = 1 if resident else _splits(groups, length, a, b, columns, limits)
     per = -(-length // (splits * a)) * a
     splits = -(-length // per)
     return Plan(
@@ -142,8 +155,8 @@ def divisor(run: int) -> tuple[int, int]:
     return -(-(1 << shift) // run), shift
 
 
-def _splits(groups: int, length: int, a: int, b: int, limits: Limits) -> int:
-    wanted = -(-limits.programs // groups)
+def _splits(groups: int, length: int, a: int, b: int, columns: bool, limits: Limits) -> int:
+    wanted = -(-limits.programs[columns] // groups)
     return max(1, min(wanted, length * b // limits.least, -(-length // a)))
 
 

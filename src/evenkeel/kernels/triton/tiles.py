@@ -129,6 +129,30 @@ def store_sum(pointer, one, two, owners, real):
 
 
 @triton.jit
+def store_statistics(
+    mean, var, invstd, running_mean, running_var, eps, momentum,
+    pivot, apart, square, count, owners, real,
+):  # fmt: skip
+    """Mean, biased variance and invstd of owners; and what is remembered moves, if anything is."""
+    variance = square / count.to(tl.float32)
+    store_sum(mean, pivot, apart, owners, real)
+    if var is not None:
+        tl.store(var + owners, variance, real)
+    if invstd is not None:
+        tl.store(invstd + owners, tl.rsqrt(variance + eps), real)
+    if running_mean is not None:
+        store_moved(running_mean, pivot + apart, momentum, owners, real)
+        store_moved(running_var, square / (count - 1).to(tl.float32), momentum, owners, real)
+
+
+@triton.jit
+def store_moved(running, new, momentum, owners, real):
+    """``(1 - momentum) * running + momentum * new``."""
+    old = tl.load(running + owners, real, 0).to(tl.float32)
+    tl.store(running + owners, old * (1 - momentum) + new * momentum, real)
+
+
+@triton.jit
 def store_parts(parts, one, two, owners, real, count):
     """A split's row of each of the two halves of ``parts``."""
     places = parts + tl.program_id(1).to(tl.int64) * count + owners

@@ -1,10 +1,7 @@
-"""Batch norm by the shortest way there: one C++ call forward and one backward.
+"""On the CPU: one C++ call forward and one backward.
 
-An op of torch.library can be compiled, exported and traced; but calling one costs more than three
-times what torch's own batch norm costs on a small tensor. So plain tensors in eager mode go past
-it, to the native kernels, which also convert parameters and move running statistics. Behind a
-residual add they keep one bit for each value in place of the residual. What this way does not take
-goes to the op of `evenkeel.ops`, which computes the same.
+The native kernels also convert parameters and move running statistics. Behind a residual add they
+keep one bit for each value in place of the residual.
 """
 
 from __future__ import annotations
@@ -14,23 +11,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from . import recompute
-from .kernels.contract import Activation
-from .kernels.native import ACTS, BOTH, FEW, MAP, REDUCE, TYPES, Native
-from .kernels.select import choose, load
-from .ops import aligned
-from .pattern import NormSpec, parse
-from .view import View, view_of
+from .. import recompute
+from ..kernels.contract import Activation
+from ..kernels.native import ACTS, BOTH, FEW, MAP, REDUCE, TYPES, Native
+from ..kernels.select import choose, load
+from ..ops import aligned
+from ..pattern import NormSpec, parse
+from ..view import View, view_of
+from .plain import is_like, is_plain, wants_gradients
 
-__all__ = ["PLAIN", "batch_norm", "is_plain", "kernels", "kind_of"]
-
-PLAIN = (Tensor, torch.nn.Parameter)
-"""Classes whose operations are torch's own; a subclass may want to see them."""
-
-_is_left_over: Any = torch._C._functorch.is_dead_tensor_wrapper  # type: ignore[attr-defined]
-"""True for what outlived its transform of torch.func: torch hides where its values are."""
+__all__ = ["batch_norm", "kernels", "kind_of"]
 
 _WIDE = (torch.float32, torch.float64)
 _BITS = ("relu", "leaky_relu", "relu6")
@@ -85,7 +76,7 @@ def batch_norm(
 
     Nothing is checked but that this way is open; of anything wrong the other way tells.
     """
-    if torch.compiler.is_compiling() or not is_plain(x):
+    if not (x.is_cpu and is_plain(x)):
         return None
     plan = _plan(spec, x.shape, x.stride(), x.dtype)
     if plan is None or not (
@@ -94,13 +85,13 @@ def batch_norm(
         and (running_mean is None) == (running_var is None)
         and (from_batch or running_mean is not None)
         and (weight is bias is None or spec.affine is not None)
-        and (residual is None or _is_like(residual, x))
+        and (residual is None or is_like(residual, x))
     ):
         return None
     call = _Call(plan, act, eps, from_batch, torch.empty_like(plan.memory))
     given = (x, weight, bias, residual)
     running = (running_mean, running_var, float(momentum))
-    if not (torch.is_grad_enabled() and _any_requires_grad(*given)):
+    if not wants_gradients(*given):
         if inplace:
             torch.autograd.graph.increment_version(x)
         return _forward(*given, call, None, *running, y=x if inplace else None)
@@ -111,34 +102,10 @@ def batch_norm(
     return y
 
 
-def is_plain(x: Any) -> bool:
-    """True for values on the CPU: no subclass, fake, transform or mode that wants to see ops."""
-    return (
-        type(x) in PLAIN
-        and x.is_cpu
-        and forward_ad._current_level < 0
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not _is_left_over(x)
-        and not torch._C._get_tracing_state()
-    )
-
-
 def kind_of(x: Tensor) -> tuple[int, ...] | None:
     """What the kernels know a tensor with channels by: four numbers and a type; else None."""
     plan = _plan(parse("n c ... -> c"), x.shape, x.stride(), x.dtype)
     return None if plan is None else plan.kind
-
-
-def _any_requires_grad(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
-) -> bool:
-    return (
-        x.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-        or (residual is not None and residual.requires_grad)
-    )
 
 
 def _fits(one: Tensor | None, other: Tensor | None, shape: torch.Size) -> bool:
@@ -151,16 +118,6 @@ def _fits(one: Tensor | None, other: Tensor | None, shape: torch.Size) -> bool:
         and one.is_cpu
         and one.is_contiguous()
         and (other is None or (other.dtype == one.dtype and _fits(other, None, shape)))
-    )
-
-
-def _is_like(t: Tensor, x: Tensor) -> bool:
-    return (
-        type(t) in PLAIN
-        and t.is_cpu
-        and t.dtype == x.dtype
-        and t.shape == x.shape
-        and t.stride() == x.stride()
     )
 
 
