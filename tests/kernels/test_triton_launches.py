@@ -75,7 +75,7 @@ class Norm:
         self.dresidual = tensor() if adds and act != "none" else None
         view = view_of(self.x.shape, self.x.stride(), (1,))
         self.vectors = [torch.zeros(view.kept_sizes) for _ in range(8)]
-        self.plan = planning.plan(view, dtype.itemsize, True)
+        self.plan, self.walk = (planning.plan(view, dtype.itemsize, k) for k in (True, False))
 
     def __call__(self) -> None:
         mean, invstd, running_mean, running_var, weight, bias, one, two = self.vectors
@@ -83,7 +83,7 @@ class Norm:
         statistics = (mean, None, invstd, running_mean, running_var)
         self.calls.train(x, p, self.residual, self.y, statistics, own, 1e-5, 0.1, self.act)
         remembered = (running_mean, running_var, None)
-        self.calls.map(x, p, self.residual, self.y, *remembered, own, 1e-5, self.act)
+        self.calls.map(x, self.walk, self.residual, self.y, *remembered, own, 1e-5, self.act)
         known, sums = Affine(mean, invstd, *own), Sums(one, two)
         for from_batch in (True, False):
             self.calls.backward(

@@ -35,6 +35,8 @@ class _Plan(NamedTuple):
     """What statistics are like; it takes no room. To be like a tensor is cheaper than to be of a
     shape and a dtype."""
     division: Plan
+    walk: Plan
+    """Inference's division, which need not keep what it has read."""
     verbs: Triton
 
 
@@ -118,7 +120,8 @@ def _plan(
         return None
     owners = torch.Size(bound.stat_shape)
     vector = torch.empty(1, dtype=accumulation_dtype(dtype, device), device=device).expand(owners)
-    return _Plan(view, bound.kept, owners, vector, plan_of(view, dtype.itemsize), verbs)
+    divisions = plan_of(view, dtype.itemsize), plan_of(view, dtype.itemsize, keeps=False)
+    return _Plan(view, bound.kept, owners, vector, *divisions, verbs)
 
 
 def _forward(
@@ -138,7 +141,7 @@ def _forward(
         statistics = (mean, None, invstd, running_mean, running_var)
         verbs.calls.train(x, plan.division, residual, y, statistics, own, eps, momentum, act)
         return _as(x, y), mean, invstd
-    verbs.calls.map(x, plan.division, residual, y, running_mean, running_var, None, own, eps, act)
+    verbs.calls.map(x, plan.walk, residual, y, running_mean, running_var, None, own, eps, act)
     return _as(x, y), None, None
 
 

@@ -70,7 +70,7 @@ class Triton(Composite):
     def stats(self, x: Tensor, view: View) -> Moments:
         if x.numel() == 0:
             return self._plain.stats(x, view)
-        p, (mean, m2) = _walk(x, view), _vectors(x, view, 2)
+        p, (mean, m2) = plan_of(view, x.itemsize, keeps=False), _vectors(x, view, 2)
         self.calls.stats(x, p, mean, m2)
         return Moments(view.count, mean, m2)
 
@@ -83,7 +83,8 @@ class Triton(Composite):
         y = self.like(x)
         mean, invstd, *own = _flat(affine)
         if x.numel():
-            self.calls.map(x, _walk(x, view), residual, y, mean, None, invstd, own, 0.0, act)
+            p = plan_of(view, x.itemsize, keeps=False)
+            self.calls.map(x, p, residual, y, mean, None, invstd, own, 0.0, act)
         return y.to(x.dtype)
 
     def backward_reduce(
@@ -97,7 +98,7 @@ class Triton(Composite):
     ) -> Sums:
         if x.numel() == 0:
             return self._plain.backward_reduce(dy, x, view, affine, act, residual)
-        p, sums = _walk(x, view), Sums(*_vectors(x, view, 2))
+        p, sums = plan_of(view, x.itemsize, keeps=False), Sums(*_vectors(x, view, 2))
         self.calls.reduce(dy, x, p, _flat(affine), act, residual, sums)
         return sums
 
@@ -114,7 +115,7 @@ class Triton(Composite):
         dx, dresidual = self.like(x), self.dresidual(residual, act)
         if x.numel():
             given = None if sums is None else Sums(sums.dz.contiguous(), sums.dz_xhat.contiguous())
-            known, p = _flat(affine), _walk(x, view)
+            known, p = _flat(affine), plan_of(view, x.itemsize, keeps=False)
             self.calls.dx(dy, x, p, known, act, residual, dx, dresidual, given)
         return dx.to(x.dtype), _passed_on(residual, dresidual, dy)
 
@@ -175,13 +176,9 @@ def _unfit(device: torch.device) -> str | None:
     return None
 
 
-def plan_of(view: View, itemsize: int) -> Plan:
-    """How the calls `Calls.train` and `Calls.backward` are divided."""
-    return planning.plan(view, itemsize, True, planning.LIMITS)
-
-
-def _walk(x: Tensor, view: View) -> Plan:
-    return planning.plan(view, x.itemsize, False, planning.LIMITS)
+def plan_of(view: View, itemsize: int, keeps: bool = True) -> Plan:
+    """How the calls are divided; ``keeps`` for `Calls.train` and `Calls.backward`."""
+    return planning.plan(view, itemsize, keeps, planning.LIMITS)
 
 
 def _vectors(x: Tensor, view: View, count: int) -> list[Tensor]:
