@@ -21,6 +21,7 @@ from evenkeel import recompute
 from evenkeel.bench import nets
 from evenkeel.bench.memory import saved_bytes
 from evenkeel.bench.steps import Step
+from evenkeel.direct import cpu
 from evenkeel.errors import ConfigError, SurgeryError
 from evenkeel.surgery import accelerate as accelerate_module
 from evenkeel.surgery.accelerating import low_memory
@@ -161,14 +162,14 @@ def test_outputs_are_computed_again_in_the_same_bits(dtype, layout, training, ad
     norms[1].activation = act
     Captured.compared = 0
     count = {"again": 0}
-    forward = evenkeel.direct._forward
+    forward = cpu._forward
 
     def counted(*given, **options):
         count["again"] += torch._C._current_graph_task_id() != -1
         return forward(*given, **options)
 
     with pytest.MonkeyPatch.context() as patch, recompute.recomputing():
-        patch.setattr(evenkeel.direct, "_forward", counted)
+        patch.setattr(cpu, "_forward", counted)
         first = norms[0](r.requires_grad_())
         second = norms[1](x, first if adds else None)
         loss = Captured.apply(first).sum() + Captured.apply(second).sum()
@@ -268,8 +269,8 @@ def test_a_failure_leaves_the_network_as_it_was(monkeypatch):
     with monkeypatch.context() as patch:
         plan = accelerate_module._planned
 
-        def planned(scratch: nn.Module):
-            found = plan(scratch)
+        def planned(scratch: nn.Module, backend: str):
+            found = plan(scratch, backend)
             found.edits[""] = found.edits.pop("", lambda _: None)
             return found
 

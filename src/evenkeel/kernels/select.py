@@ -14,11 +14,11 @@ from typing import NamedTuple, cast
 
 import torch
 
-from ..errors import BackendError
+from ..errors import BackendError, ConfigError, meant
 from ..view import View
 from .contract import Backend
 
-__all__ = ["ON_GPU", "Choice", "backends", "choose", "load"]
+__all__ = ["ON_GPU", "Choice", "backends", "check", "choose", "load"]
 
 _PLACES = {
     "native": "evenkeel.kernels.native:Native",
@@ -45,6 +45,19 @@ class Choice(NamedTuple):
 def backends() -> tuple[str, ...]:
     """The names that ``backend=`` takes, besides ``'auto'``."""
     return tuple(_PLACES)
+
+
+def check(name: str) -> None:
+    """Checks a name as a setting; nothing is loaded.
+
+    Raises:
+        ConfigError: it is neither 'auto' nor one of `backends`.
+    """
+    if name not in ("auto", *_PLACES):
+        raise ConfigError(
+            f"unknown backend {name!r}{meant(str(name), _PLACES)}; choose 'auto' or one of "
+            f"{', '.join(_PLACES)}"
+        )
 
 
 @cache

@@ -25,11 +25,13 @@ class _Named:
 
         y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)
 
-    ``activation`` is None, 'relu', 'leaky_relu', ('leaky_relu', slope), 'relu6' or 'silu'. It is
-    a setting and no argument of the constructor, which is torch's; no state dict knows it.
+    ``activation`` is None, 'relu', 'leaky_relu', ('leaky_relu', slope), 'relu6' or 'silu', and
+    ``backend`` who computes it: 'auto', or a name from `evenkeel.kernels.select.backends`. Both are
+    settings and no arguments of the constructor, which is torch's; no state dict knows them.
     """
 
     activation: str | tuple[str, float] | None = None
+    backend: str = "auto"
 
     def forward(self: Any, input: Tensor, residual: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)
@@ -70,14 +72,16 @@ class _Named:
         del vars(self)["qconfig"]
 
     def extra_repr(self) -> str:
-        text = super().extra_repr()  # type: ignore[misc]
-        return f"{text}, activation={self.activation!r}" if self.activation else str(text)
+        text = str(super().extra_repr())  # type: ignore[misc]
+        text += f", activation={self.activation!r}" if self.activation else ""
+        return text if self.backend == "auto" else f"{text}, backend={self.backend!r}"
 
 
 class BatchNorm1d(_Named, nn.BatchNorm1d):
     """`torch.nn.BatchNorm1d` on (n, c) or (n, c, l), computed by evenkeel.
 
     Set ``activation`` for a function of the result; ``forward`` takes a residual to add before it.
+    Set ``backend`` for who computes it.
     """
 
 
@@ -85,6 +89,7 @@ class BatchNorm2d(_Named, nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d` on (n, c, h, w), computed by evenkeel: cuDNN's SPATIAL mode.
 
     Set ``activation`` for a function of the result; ``forward`` takes a residual to add before it.
+    Set ``backend`` for who computes it.
     """
 
 
@@ -92,6 +97,7 @@ class BatchNorm3d(_Named, nn.BatchNorm3d):
     """`torch.nn.BatchNorm3d` on (n, c, d, h, w), computed by evenkeel.
 
     Set ``activation`` for a function of the result; ``forward`` takes a residual to add before it.
+    Set ``backend`` for who computes it.
     """
 
 

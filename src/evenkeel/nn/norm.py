@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import PatternError, ShapeError
 from ..functional import normalize
 from ..kernels.contract import accumulation_dtype
+from ..kernels.select import check as check_backend
 from ..pattern import DEFAULT, NormSpec, parse
 
 __all__ = ["Norm", "PerActivationBatchNorm", "forward_with_memory"]
@@ -41,11 +42,14 @@ class Norm(nn.Module):
         momentum: weight of the NEW value; None for the plain average of all batches.
         track_running_stats: False to use the batch's statistics in eval mode too.
         device, dtype: of the parameters and buffers.
+        backend: 'auto', or a name from `evenkeel.kernels.select.backends`: who computes it. A
+            setting that may be changed later; no state dict knows it.
         sizes: the size of each axis that owns a statistic or has a weight, as in ``c=64``, and of
             all axes but one in each ``(g c)``.
 
     Raises:
         PatternError: the pattern is no normalization, or a size is missing or of no axis.
+        ConfigError: there is no backend of that name.
 
     Example:
         >>> Norm('n (g c) h w -> n g', affine='(g c)', g=4, c=8)
@@ -57,6 +61,7 @@ class Norm(nn.Module):
     running_mean: Tensor | None
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
+    backend: str = "auto"
 
     def __init__(
         self,
@@ -68,9 +73,13 @@ class Norm(nn.Module):
         track_running_stats: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        backend: str = "auto",
         **sizes: int,
     ) -> None:
         super().__init__()
+        check_backend(backend)
+        if backend != "auto":
+            self.backend = backend
         self.spec = parse(pattern, affine)
         self.eps = eps
         self.momentum = momentum
@@ -117,7 +126,7 @@ class Norm(nn.Module):
         if self.spec.averages_batch:
             text += f", momentum={self.momentum}"
             text += "" if self.track_running_stats else ", track_running_stats=False"
-        return text
+        return text if self.backend == "auto" else f"{text}, backend={self.backend!r}"
 
     def extra_repr(self) -> str:
         spec = self.spec
@@ -141,7 +150,11 @@ class PerActivationBatchNorm(Norm):
     Args:
         shape: the shape of one sample, as in ``(c, h, w)``; an int for ``(c,)``.
         affine: False for no weight and bias.
-        eps, momentum, track_running_stats, device, dtype: as in `Norm`.
+        eps, momentum, track_running_stats, device, dtype, backend: as in `Norm`.
+
+    Raises:
+        ShapeError: a sample has no axis, or more than four.
+        ConfigError: there is no backend of that name.
 
     Reference: Ioffe & Szegedy 2015, algorithm 1; cuDNN's CUDNN_BATCHNORM_PER_ACTIVATION.
     """
@@ -155,6 +168,7 @@ class PerActivationBatchNorm(Norm):
         track_running_stats: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        backend: str = "auto",
     ) -> None:
         self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
         axes = _AXES.get(len(self.shape))
@@ -171,6 +185,7 @@ class PerActivationBatchNorm(Norm):
             track_running_stats=track_running_stats,
             device=device,
             dtype=dtype,
+            backend=backend,
             **dict(zip(axes.split(), self.shape, strict=True)),
         )
 
@@ -191,8 +206,8 @@ def forward_with_memory(
     """What a norm module computes: the norm itself, then the count of batches.
 
     ``module`` has torch's names: weight, bias, running_mean, running_var, num_batches_tracked,
-    momentum, eps, track_running_stats, training. ``activation`` and ``residual`` are as in
-    `normalize`.
+    momentum, eps, track_running_stats, training; and ``backend``, who computes it. ``activation``
+    and ``residual`` are as in `normalize`.
     """
     updates = module.training and module.track_running_stats
     count: Tensor | None = module.num_batches_tracked
@@ -217,6 +232,7 @@ def forward_with_memory(
         eps=module.eps,
         activation=activation,
         residual=residual,
+        backend=module.backend,
         sizes=sizes,
     )
     if updates and count is not None:

@@ -4,7 +4,8 @@ The network stays what it is: the same objects with the same names, parameters, 
 attributes. What is swapped is swapped by changing an object's class, which holds no state:
 
 - A norm gets our class of the same name; parameters and buffers are the same objects, so optimizers
-  and state dicts do not notice. ``activation`` on it says what it has taken over.
+  and state dicts do not notice. ``activation`` on it says what it has taken over, ``backend`` who
+  computes it if that was asked for by name.
 - An activation that norms have taken over everywhere hands its input on, of a class made for it.
 - A module whose forward calls functions or adds gets a class made for it, whose forward is the
   rewritten graph of its own forward, all modules in it being leaves. Only that one module is
@@ -28,6 +29,8 @@ from torch import fx, nn
 from ..allocator import check as check_allocator
 from ..allocator import keep_blocks, status
 from ..errors import SurgeryError
+from .accelerating.backends import check as check_backend
+from .accelerating.backends import check_norms, give, is_given, take_back
 from .accelerating.blocks import Blocks
 from .accelerating.layout import Layout, convert, convert_back, is_laid_out, lay_out
 from .accelerating.layout import check as check_layout
@@ -69,6 +72,7 @@ class Accelerated:
     says that this call has set the process's allocator, None if it did not; ``memory`` is 'low' if
     backward computes activations again, else 'full'. ``kept`` is how many bytes are kept for
     backward when the network trains on the example, then and now; None unless memory is low.
+    ``backend`` is who computes the swapped norms: 'auto', or the name that was asked for.
     """
 
     swapped: tuple[tuple[str, str], ...]
@@ -80,11 +84,13 @@ class Accelerated:
     allocator: str | None = None
     memory: str = "full"
     kept: tuple[int, int] | None = None
+    backend: str = "auto"
 
     def __str__(self) -> str:
         lines = [f"{len(self.swapped)} norms swapped, {len(self.left)} left as they are"]
         lines += [f"  {name}: {what}" for name, what in self.swapped]
         lines += [f"  {name}: {reason}" for name, reason in self.left]
+        lines += [f"  backend: {self.backend}"] if self.backend != "auto" else []
         lines += [f"  {self.layout}"] if self.layout else []
         lines += [f"  allocator: {self.allocator}"] if self.allocator else []
         if self.memory == "low":
@@ -113,8 +119,9 @@ _Taken = tuple[Activation, bool]
 
 @dataclass
 class _Plan:
-    """What to do to which module, by path."""
+    """What to do to which module, by path, and the backend that norms are to run on."""
 
+    backend: str = "auto"
     edits: dict[str, _Edit] = field(default_factory=dict)
     swapped: list[tuple[str, str]] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
@@ -129,6 +136,7 @@ def accelerate(
     seconds: float = 4.0,
     allocator: str = "keep",
     memory: str = "full",
+    backend: str = "auto",
 ) -> tuple[M, Accelerated]:
     """The network with torch's batch norms swapped for ours, and what was done.
 
@@ -162,21 +170,30 @@ def accelerate(
         memory: 'low' keeps for backward what goes into a norm, but not what comes out of it and
             into the next layer: backward computes that again, in the same bits, whenever the
             network itself is called. A training step takes a little longer. 'full' keeps both.
+        backend: 'auto' for the native kernels, on the CPU; or a name, for all swapped norms and
+            those that are ours already: 'triton' on an NVIDIA GPU, not yet seen on one. Else see
+            `evenkeel.kernels.select.backends`.
 
     Returns:
         the network and the report.
 
     Raises:
-        ConfigError: an unknown memory_format, allocator or memory, or 'auto' without an example.
-        SurgeryError: the network is accelerated already, is on CUDA, cannot be copied, cannot run
-            the example, or would compute something else. It is as it was before.
+        ConfigError: an unknown memory_format, allocator, memory or backend, 'auto' without an
+            example, or memory='low' with a backend that has no part in it.
+        BackendError: the named backend is not installed, or does not run where the network is.
+        SurgeryError: the network is accelerated already, is on CUDA without a named backend, cannot
+            be copied, cannot run the example, or would compute something else. It is as it was
+            before.
     """
     check_layout(memory_format, example, seconds)
     check_allocator(allocator)
     check_memory(memory)
+    check_backend(backend, memory)
     _refuse_accelerated(model)
-    _refuse_cuda(model)
-    plan = _planned(copied(model))
+    if backend == "auto":
+        _refuse_cuda(model)
+    plan = _planned(copied(model), backend)
+    check_norms(backend, model, [path for path, _ in plan.swapped])
     if memory == "low":
         plan.edits[""] = partial(install, before=plan.edits.get(""))
     own = copied(model)
@@ -191,7 +208,7 @@ def accelerate(
         _carry_out_in_place(model, plan, layout)
         own = model
     done = (tuple(plan.swapped), tuple(plan.left))
-    return own, Accelerated(*done, output, gradient, budget, layout, said, memory, kept)
+    return own, Accelerated(*done, output, gradient, budget, layout, said, memory, kept, backend)
 
 
 def restore(model: M, *, inplace: bool = False) -> M:
@@ -218,7 +235,7 @@ def restore(model: M, *, inplace: bool = False) -> M:
 def _refuse_accelerated(model: nn.Module) -> None:
     for path, module in model.named_modules():
         changed = WAS in vars(module) or is_laid_out(module) or is_installed(module)
-        if isinstance(module, Remade) or changed:
+        if isinstance(module, Remade) or changed or is_given(module):
             raise SurgeryError(
                 f"{type(model).__name__} is accelerated already (see '{path}'); give the network "
                 "that evenkeel.restore makes of it"
@@ -231,7 +248,8 @@ def _refuse_cuda(model: nn.Module) -> None:
         if t.is_cuda:
             raise SurgeryError(
                 f"{type(model).__name__} is on CUDA (see '{name}'), where evenkeel has no kernels "
-                "yet that were measured to be faster than torch's; accelerate a network for the CPU"
+                "yet that were measured to be faster than torch's; accelerate a network for the "
+                "CPU, or name a backend: backend='triton', not yet seen on a GPU"
             )
 
 
@@ -274,15 +292,16 @@ def _undo(module: nn.Module) -> None:
     """Makes one module what it was, but for a GraphModule's graph."""
     uninstall(module)
     unmake(module)
+    take_back(module)
     was = vars(module).pop(WAS, None)
     if was is not None:
         module.__class__ = kind_like(module, was)
         vars(module).pop("activation", None)
 
 
-def _planned(model: nn.Module) -> _Plan:
+def _planned(model: nn.Module, backend: str) -> _Plan:
     """All that can be done; ``model`` is a scratch copy."""
-    blocks, plan = Blocks(model), _Plan()
+    blocks, plan = Blocks(model), _Plan(backend)
     matches, reasons = find(blocks)
     passing = _taken_over(blocks, matches)
     rewritten: dict[str, list[Match]] = {}
@@ -341,9 +360,9 @@ def _plan_norms(
         if problem is not None:
             plan.left.append((path, problem))
             continue
-        if kind in OURS or what is not None:
-            activation = None if what is None else what[0]
-            plan.edits[path] = partial(_swap, ours=OURS.get(kind, kind), activation=activation)
+        if kind in OURS or what is not None or plan.backend != "auto":
+            ours, act = OURS.get(kind, kind), None if what is None else what[0]
+            plan.edits[path] = partial(_swap, ours=ours, activation=act, backend=plan.backend)
             plan.swapped.append((path, _said(kind, what)))
         if path in reasons:
             plan.left.append((path, f"swapped alone: {reasons[path]}"))
@@ -370,7 +389,10 @@ def _said(kind: type[nn.Module], taken: _Taken | None) -> str:
     return f"{kind.__name__} with {'add and ' if adds else ''}{name}"
 
 
-def _swap(norm: Any, ours: type[nn.Module], activation: Activation | None) -> None:
+def _swap(norm: Any, ours: type[nn.Module], activation: Activation | None, backend: str) -> None:
+    give(norm, backend)
+    if ours is type(norm) and activation is None:
+        return  # ours already, with a setting that may be the user's own
     vars(norm)[WAS] = type(norm)
     norm.__class__ = ours
     if activation is not None:

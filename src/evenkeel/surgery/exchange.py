@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, PatternError, SurgeryError, first_line, meant
 from ..pattern import NormSpec, parse
+from .accelerating.backends import is_given
 from .accelerating.layout import is_laid_out
 from .accelerating.low_memory import is_installed
 from .accelerating.remade import Remade
@@ -234,7 +235,7 @@ def _refuse(model: nn.Module) -> None:
                 "parameter and buffer; exchange the network inside and wrap the result"
             )
         changed = WAS in vars(module) or is_laid_out(module) or is_installed(module)
-        if isinstance(module, Remade) or changed:
+        if isinstance(module, Remade) or changed or is_given(module):
             raise SurgeryError(
                 f"{kind} is accelerated (see '{path}'); exchange the norms of the network that "
                 "evenkeel.restore makes of it, then accelerate the result"
