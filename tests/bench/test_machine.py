@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from importlib import metadata
 
 import torch
 
@@ -27,6 +28,25 @@ def test_files_that_are_not_there(monkeypatch):
     found = machine()
     assert found["cpu"]
     assert (found["memory_gib"], found["features"], caches()) == (None, [], {})
+
+
+def test_the_version_of_triton_by_any_name(monkeypatch):
+    names = {"pytorch-triton": "3.6.0+git"}
+
+    def version(name):
+        if name not in names:
+            raise metadata.PackageNotFoundError(name)
+        return names[name]
+
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(machines, "find_spec", lambda name: name)
+    assert machines._triton() == "3.6.0+git"
+    names["triton"] = "3.7.1"
+    assert machines._triton() == "3.7.1"
+    names.clear()
+    assert machines._triton() == "of unknown version"
+    monkeypatch.setattr(machines, "find_spec", lambda name: None)
+    assert machines._triton() is None
 
 
 def test_the_allocator_in_force(monkeypatch):

@@ -63,6 +63,7 @@ def test_a_side_leaves_nothing_behind():
 def test_floor(tail, passes, bits):
     case = tiny(tail)
     assert floor_bytes(case) == passes * case.bytes + bits * 3 * 4 * 6 * 5 / 8
+    assert floor_bytes(case, streams=True) - floor_bytes(case) == 3 * case.bytes
 
 
 @pytest.mark.gpu
@@ -73,6 +74,8 @@ def test_every_side_on_cuda_is_eagers(dtype, layout):
     (row,) = ops.run([Case(place, 16, layout, dtype, {}, "cuda")], seconds=0, compiles=True)
     assert row.absent == {}
     assert set(row.sides) == {"copy", "eager", "evenkeel", "cudnn", "compile", "floor"}
+    assert not ops._streams(tiny("bn+relu"))
+    assert ops._streams(Case(Place(64, 112, 112, "bn+relu"), 256, layout, dtype, {}, "cuda"))
 
 
 class TestCases:

@@ -25,7 +25,7 @@ from evenkeel.errors import FormatError
 
 def row(name="a", layout="nchw", dtype="float32", **options):
     """A row from a time, or a list of one time for each round, of every side."""
-    sides = {key: options.pop(key) for key in list(options) if key in SIDES}
+    sides = {key: options.pop(key) for key in list(options) if key in (*SIDES, *MORE)}
     samples = {
         side: Samples(tuple(t) if isinstance(t, list) else (t,) * 4, faults=2.0)
         for side, t in sides.items()
@@ -34,6 +34,7 @@ def row(name="a", layout="nchw", dtype="float32", **options):
 
 
 SIDES = ("copy", "floor", "bare", "eager", "compile", "evenkeel")
+MORE = ("evenkeel compiled", "bare compiled", "eager again")
 
 
 def results(*rows, **options) -> Results:
@@ -165,6 +166,33 @@ class TestShown:
             "left out: c: too large",
             "stopped before the end",
         ]
+
+    def test_what_is_compiled_is_compared_with_what_is_compiled(self):
+        times = {"bare compiled": 1.0, "compile": 3.0, "evenkeel compiled": 1.5, "evenkeel": 2.0}
+        one = row(bare=1.6, eager=4.0, **times)
+        assert set(one.ratios) == {"eager", "compile"}
+        assert losses([one]) == []
+        found = [s for s in sentences(results(one, kind="steps")) if " / " in s]
+        of = "(geometric mean of 1 case)"
+        assert found == [
+            f"nchw float32: {text} {of}"
+            for text in (
+                *("ours / eager is 0.50", "ours / compile is 0.67"),
+                *("eager / no norm is 2.50", "ours / no norm is 1.25"),
+                *("compile / no norm compiled is 3.00", "ours compiled / no norm compiled is 1.50"),
+                "ours compiled / compile is 0.50",
+            )
+        ]
+
+    def test_every_side_of_steps_on_a_gpu_fits_80_columns(self):
+        sides = ("bare", "eager", "compile", "evenkeel", *MORE)
+        one = row("resnet50 224px", **dict.fromkeys(sides, 0.1234))
+        text = self.shown(results(one, kind="steps"))
+        assert max(map(len, text.splitlines())) <= 80
+        assert text.count("0.1234") == 0
+        assert text.split()[-8:] == [*["123"] * 7, "1.00"]
+        for name in ("bare c", "again", "compile", "ours c", "ours/eager"):
+            assert f" {name}" in text
 
     def test_nothing_lost_and_nothing_compared(self):
         won = list(sentences(results(row(eager=2.0, evenkeel=1.0), finished=True)))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from evenkeel.bench import memory, steps
-from evenkeel.bench.results import AGAIN, LOW
+from evenkeel.bench.results import AGAIN, BARE_COMPILED, LOW, OURS, OURS_COMPILED
 from evenkeel.bench.steps import Plan, Step, plans
 from evenkeel.errors import ConfigError
 
@@ -43,6 +43,23 @@ class TestPlans:
         assert [plan.name for plan in quick][:2] == ["vgg 32px", "resnet18 32px"]
         assert steps.estimate(every, 1.0, True) > steps.estimate(quick, 1.0, False) > 5
         assert memory.estimate(every, True) > memory.estimate(quick, False) > 0
+
+    def test_one_that_is_no_part_of_all(self):
+        given = {"batch": 256, "layouts": ("nchw",), "dtypes": ["bfloat16"]}
+        (plan,) = plans(**given, network="resnet50", size=224, device="cuda")
+        assert (plan.name, plan.width, plan.device) == ("resnet50 224px", 1.0, "cuda")
+        assert {each.size for each in plans(**given, network="resnet50")} == {32, 96}
+        assert "resnet50" not in {each.net for each in plans(**given)}
+        quick = plans(**given, quick=True, size=64)
+        assert {(each.size, each.width, each.device) for each in quick} == {(64, 0.5, "cpu")}
+
+    def test_a_gpu_is_guessed_to_be_faster_and_compiles_three_sides(self):
+        there = replace(TINY, net="resnet50", size=224, width=1.0, batch=256, device="cuda")
+        assert 0.08 < there.guess < 0.12
+        compiling = steps.estimate([there], 20, True) - steps.estimate([there], 20, False)
+        assert compiling == pytest.approx(2 * 3 * steps.COMPILING, rel=0.05)
+        here = steps.estimate([TINY], 20, True) - steps.estimate([TINY], 20, False)
+        assert here == pytest.approx(2 * steps.COMPILING, rel=0.05)
 
     def test_unknown(self):
         with pytest.raises(ConfigError, match="unknown network 'lenet'"):
@@ -97,6 +114,71 @@ class TestSteps:
         sides["evenkeel"]()
         assert seen[0].shape == (2, 3, 32, 32)
         assert seen[0].is_contiguous(memory_format=torch.channels_last)
+
+    def test_the_clock_is_that_of_the_device(self, accelerated, monkeypatch):
+        asked, told = [], []
+
+        def clock_on(device):
+            asked.append(device)
+            return lambda: told.append(1) or float(len(told))
+
+        monkeypatch.setattr(steps, "clock_on", clock_on)
+        list(steps.run([replace(TINY, layouts=("nchw",))], seconds=0, compiles=False))
+        assert asked == ["cpu"]
+        assert len(told) >= 3 * 4
+
+    def test_sides_on_a_gpu(self, accelerated, monkeypatch):
+        """On a device without memory in its place."""
+        monkeypatch.setattr(torch, "compile", lambda model, **_: ("compiled", model))
+        monkeypatch.setattr(steps, "Step", lambda model, *_: model)
+        seen = []
+
+        def accelerate(model, example, **options):
+            seen.append((example, options))
+            return "accelerated", None
+
+        accelerated(accelerate)
+        plan = replace(TINY, batch=40, device="meta", dtype="bfloat16")
+        sides = steps.sides_of(plan, "channels_last", True)
+        built = {name: side() for name, side in sides.items()}
+        assert built[OURS] == "accelerated"
+        assert built[OURS_COMPILED] == ("compiled", "accelerated")
+        assert built[BARE_COMPILED][0] == built["compile"][0] == "compiled"
+        for network, norms in ((built["compile"][1], 20), (built[BARE_COMPILED][1], 0)):
+            assert {p.device.type for p in network.parameters()} == {"meta"}
+            assert sum(isinstance(m, nn.BatchNorm2d) for m in network.modules()) == norms
+        for example, options in seen:
+            assert (example.device.type, example.shape[0]) == ("meta", steps.PROVED_ON)
+            assert example.is_contiguous(memory_format=torch.channels_last)
+            wanted = {"allocator": "default", "memory": "full", "backend": "triton"}
+            assert options == wanted
+        assert len(seen) == 2
+        assert {OURS_COMPILED, BARE_COMPILED}.isdisjoint(steps.sides_of(TINY, "nchw", True))
+
+    def test_ours_compiled_must_learn_what_eager_has(self, accelerated, monkeypatch):
+        right = steps.sides_of
+
+        def more(*given):
+            sides = right(*given)
+            other = nn.Sequential(sides["eager"]().model, nn.Linear(10, 10))
+            wrong = Step(other, *steps.batch_of(given[0], "nchw"), "float32")
+            return sides | {OURS_COMPILED: lambda: wrong, BARE_COMPILED: lambda: wrong}
+
+        monkeypatch.setattr(steps, "sides_of", more)
+        (row,) = steps.run([replace(TINY, layouts=("nchw",))], seconds=0, compiles=False)
+        assert "its numbers are off by" in row.absent[OURS_COMPILED]
+        assert BARE_COMPILED in row.sides
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_every_side_on_a_gpu_learns_what_eager_has(self, dtype):
+        plan = Plan("resnet50", 64, 0.25, 24, BOTH, dtype, "cuda")
+        rows = list(steps.run([plan], seconds=0, compiles=True, asked=(AGAIN,)))
+        assert [row.layout for row in rows] == list(BOTH)
+        for row in rows:
+            assert row.absent == {}
+            compiled = {"compile", OURS_COMPILED, BARE_COMPILED}
+            assert set(row.sides) == {"bare", "eager", OURS, AGAIN} | compiled
 
     def test_without_accelerate(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "evenkeel.surgery.accelerate", None)

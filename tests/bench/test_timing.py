@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections import Counter
 from itertools import pairwise
 
@@ -161,6 +162,18 @@ class TestInterleaved:
     def test_where_nobody_counts_faults(self, monkeypatch):
         monkeypatch.setattr(timing, "page_faults", lambda: None)
         assert interleaved({"a": lambda: None}, seconds=0)["a"].faults is None
+
+
+class TestClock:
+    def test_on_the_cpu_it_is_pythons(self):
+        assert timing.clock_on("cpu") is time.perf_counter
+
+    def test_on_a_gpu_it_waits_for_the_device(self, monkeypatch):
+        said = []
+        monkeypatch.setattr("torch.cuda.synchronize", lambda: said.append("waited"))
+        monkeypatch.setattr(time, "perf_counter", lambda: said.append("told") or 5.0)
+        assert timing.clock_on("cuda")() == 5.0
+        assert said == ["waited", "told"]
 
 
 class TestNumbers:

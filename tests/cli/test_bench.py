@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 
@@ -10,6 +11,7 @@ import torch
 
 from evenkeel import allocator
 from evenkeel.bench import ops, shapes, steps
+from evenkeel.bench.machine import machine
 from evenkeel.bench.results import OURS, Results
 from evenkeel.bench.shapes import Place
 
@@ -148,6 +150,54 @@ class TestNets:
         found = json.loads((tmp_path / "found.json").read_text())
         assert {"low memory", "eager again"} <= set(found["rows"][0]["sides"])
         assert found["settings"]["low_memory"] is found["settings"]["control"] is True
+
+
+class TestSteps:
+    def test_a_network_that_is_no_part_of_all_on_images_of_any_size(self, command):
+        words = ("bench", "steps", "--net", "resnet50", "--size", "64", "--layout", "nchw")
+        code, out, _ = command(*words, "--device", "cpu", "--dry-run")
+        assert code == 0
+        assert "training steps of 1 network, batch 32, about" in flat(out)
+        code, out, _ = command("bench", "steps", "--dry-run")
+        assert "training steps of 10 networks, batch 32" in flat(out)
+
+    def test_what_is_as_by_default_is_not_in_the_file(self, command, tmp_path, monkeypatch):
+        given = []
+
+        def plans(**options):
+            given.append(options)
+            return [steps.Plan("vgg", 32, 0.125, 2, ("nchw",), "float32")]
+
+        monkeypatch.setattr(steps, "plans", plans)
+        new = ("--size", "48")
+        for words in ((), new):
+            code, _, _ = command("bench", "steps", "--quick", *HERE, *words, "--out", "found.json")
+            assert code == 0
+            settings = json.loads((tmp_path / "found.json").read_text())["settings"]
+            assert settings.get("size") == (48 if words else None)
+            assert ("size" in settings) == ("size" in given[-1]) == bool(words)
+            assert "device" not in settings
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+    def test_without_a_gpu(self, command):
+        code, _, err = command("bench", "steps", "--device", "cuda", "--dry-run")
+        assert code == 2
+        assert "device 'cuda' was asked for but torch" in flat(err)
+
+    def test_on_a_gpu(self, command, monkeypatch):
+        """As it would be announced there."""
+        module = importlib.import_module("evenkeel.cli.bench")
+        monkeypatch.setattr(module, "device_named", torch.device)
+        found = machine() | {"gpu": {"name": "NVIDIA H200"}}
+        monkeypatch.setattr("evenkeel.bench.machine.machine", lambda: found)
+        words = ("bench", "steps", "--device", "cuda", "--net", "resnet50", "--dry-run")
+        more = ("--size", "224", "--batch", "256", "--dtype", "bfloat16", "--layout", "nchw")
+        code, out, _ = command(*words, *more)
+        assert code == 0
+        assert "training steps of 1 network, batch 256, about 3 min 25 s NVIDIA H200" in flat(out)
+        code, _, err = command(*words, "--low-memory")
+        assert code == 2
+        assert "--low-memory is for the native kernels, on the CPU, but got --device" in flat(err)
 
 
 @pytest.mark.skipif(not GLIBC, reason="there is no glibc here")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from .results import OURS, Row, reason_of, row_of, wrong
-from .timing import SHORTEST, interleaved
+from .timing import SHORTEST, Samples, interleaved
 
 __all__ = ["Checked", "checked", "rows_of"]
 
@@ -60,6 +61,7 @@ def rows_of(
     *,
     seconds: float,
     shortest: float = SHORTEST,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[Row]:
     """Times all layouts of a network in the same rounds, as `interleaved`; a row for each."""
     timed = {
@@ -67,7 +69,9 @@ def rows_of(
         for layout, found in layouts.items()
         for side, call in found.sides.items()
     }
-    samples = interleaved(timed, seconds=seconds, shortest=shortest) if timed else {}
+    samples: dict[str, Samples] = {}
+    if timed:
+        samples = interleaved(timed, seconds=seconds, shortest=shortest, clock=clock)
     for layout, found in layouts.items():
         own = {side: samples[f"{layout} {side}"] for side in found.sides}
         yield row_of(

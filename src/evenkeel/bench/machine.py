@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from importlib.util import find_spec
@@ -56,8 +57,18 @@ def _gpu() -> dict[str, Any] | None:
         "capability": f"{found.major}.{found.minor}",
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
-        "triton": metadata.version("triton") if find_spec("triton") else None,
+        "triton": _triton(),
     }
+
+
+def _triton() -> str | None:
+    """Its version, by any name under which it is installed."""
+    if find_spec("triton") is None:
+        return None
+    for name in ("triton", "pytorch-triton"):
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return "of unknown version"
 
 
 def caches() -> dict[str, str]:

@@ -15,8 +15,10 @@ from .timing import Measure, Ratio, Samples, geometric_mean
 
 __all__ = [
     "AGAIN",
+    "BARE_COMPILED",
     "LOW",
     "OURS",
+    "OURS_COMPILED",
     "PEERS",
     "Loss",
     "Results",
@@ -37,6 +39,10 @@ LOW = "low memory"
 """Ours, with activations computed again in backward: `accelerate` with memory='low'."""
 AGAIN = "eager again"
 """Eager once more, from a copy of its own: how far two sides differ that are the same."""
+OURS_COMPILED = "evenkeel compiled"
+"""Ours through torch.compile."""
+BARE_COMPILED = "bare compiled"
+"""The network without norms through torch.compile: what norms cost one that is compiled."""
 PEERS = ("eager", "eval", "fx", "freeze", "compile")
 """Who we are compared with; any other side, such as a bare copy, is a bound.
 

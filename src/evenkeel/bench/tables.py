@@ -10,8 +10,10 @@ from rich.table import Table
 
 from .results import (
     AGAIN,
+    BARE_COMPILED,
     LOW,
     OURS,
+    OURS_COMPILED,
     Results,
     Row,
     best_of_layouts,
@@ -27,6 +29,7 @@ __all__ = ["sentences", "tables"]
 SHOWN = {
     "floor": "floor",
     "bare": "no norm",
+    BARE_COMPILED: "bare c",
     "eager": "eager",
     AGAIN: "again",
     "eval": "eval",
@@ -34,9 +37,26 @@ SHOWN = {
     "freeze": "freeze",
     "compile": "compile",
     OURS: "ours",
+    OURS_COMPILED: "ours c",
     LOW: "low mem.",
 }
-OVER = (("eager", "bare"), (OURS, "bare"), (LOW, "eager"), (AGAIN, "eager"))
+SAID = {
+    **SHOWN,
+    AGAIN: AGAIN,
+    LOW: LOW,
+    OURS_COMPILED: "ours compiled",
+    BARE_COMPILED: "no norm compiled",
+}
+"""The same in a sentence, which has room."""
+OVER = (
+    ("eager", "bare"),
+    (OURS, "bare"),
+    ("compile", BARE_COMPILED),
+    (OURS_COMPILED, BARE_COMPILED),
+    (OURS_COMPILED, "compile"),
+    (LOW, "eager"),
+    (AGAIN, "eager"),
+)
 """What `geometric_means` does not compare: the price of batch norm, and sides of `steps` alone."""
 UNITS = {"s": ("ms", 1e3), "bytes": ("MB", 1e-6)}
 
@@ -129,10 +149,9 @@ def _over(rows: Sequence[Row], where: str, side: str, other: str) -> Iterator[st
     both = [row.sides for row in rows if side in row.sides and other in row.sides]
     ratios = [sides[side].median / sides[other].median for sides in both]
     if ratios:
-        name = side if side in (LOW, AGAIN) else SHOWN[side]
         of = f"geometric mean of {_of(len(ratios))}"
         of += f", {min(ratios):.2f} to {max(ratios):.2f}" if len(ratios) > 1 else ""
-        yield f"{where}: {name} / {SHOWN[other]} is {geometric_mean(ratios):.2f} ({of})"
+        yield f"{where}: {SAID[side]} / {SAID[other]} is {geometric_mean(ratios):.2f} ({of})"
 
 
 def _losses(results: Results) -> Iterator[str]:
@@ -157,7 +176,7 @@ def _absent(results: Results) -> Iterator[str]:
             found.setdefault((side, reason), []).append(f"{row.name} {row.layout} {row.dtype}")
     for (side, reason), where in found.items():
         more = f" and {len(where) - 1} more" if len(where) > 1 else ""
-        yield f"{SHOWN.get(side, side)} is missing on {where[0]}{more}: {reason}"
+        yield f"{SAID.get(side, side)} is missing on {where[0]}{more}: {reason}"
 
 
 def _faults(rows: Sequence[Row]) -> str:

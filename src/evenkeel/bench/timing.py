@@ -14,7 +14,16 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-__all__ = ["Measure", "Ratio", "Samples", "geometric_mean", "interleaved", "order", "page_faults"]
+__all__ = [
+    "Measure",
+    "Ratio",
+    "Samples",
+    "clock_on",
+    "geometric_mean",
+    "interleaved",
+    "order",
+    "page_faults",
+]
 
 WARM_UP = 3
 SETTLED = 64
@@ -89,7 +98,7 @@ def interleaved(
         seconds: the budget for all rounds together; warming up is not counted.
         least, most: rounds, whatever the budget says.
         shortest: seconds that one sample takes at least.
-        clock: tells the time in seconds.
+        clock: tells the time in seconds, such as `clock_on` gives.
     """
     calls = _warmed(sides, seconds, shortest, clock)
     taken: dict[str, list[float]] = {name: [] for name in sides}
@@ -122,6 +131,19 @@ def interleaved(
         )
         for name in sides
     }
+
+
+def clock_on(device: str) -> Callable[[], float]:
+    """The clock for what runs on 'cpu' or 'cuda'."""
+    return time.perf_counter if device == "cpu" else _done
+
+
+def _done() -> float:
+    """The time when the GPU has done all that it was given."""
+    import torch
+
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def order(names: list[str], number: int) -> list[str]:

@@ -26,11 +26,15 @@ bench = typer.Typer(
 
 Quick = Annotated[bool, typer.Option("--quick", help="A few small cases, without torch.compile.")]
 Net = Annotated[
-    str, typer.Option(help="vgg, resnet18, mobilenetv2, densenet, efficientnet or all.")
+    str,
+    typer.Option(
+        help="vgg, resnet18, mobilenetv2, densenet, efficientnet, resnet50, or all but the last."
+    ),
 ]
 Batch = Annotated[int, typer.Option(help="Images in a batch.", min=2)]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or both.")]
 Layout = Annotated[str, typer.Option(help="nchw, channels_last or both.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda (not yet seen on a GPU).")]
 Compiles = Annotated[
     bool | None,
     typer.Option("--compile/--no-compile", help="torch.compile too; the default unless --quick."),
@@ -65,7 +69,7 @@ def ops(
     batch: Batch = 32,
     dtype: Dtype = "both",
     layout: Layout = "both",
-    device: Annotated[str, typer.Option(help="cpu or cuda (not yet seen on a GPU).")] = "cpu",
+    device: Device = "cpu",
     compiles: Compiles = None,
     seconds: Seconds = None,
     threads: Threads = None,
@@ -97,9 +101,14 @@ def ops(
 def steps(
     quick: Quick = False,
     net: Net = "all",
+    size: Annotated[
+        int | None,
+        typer.Option(help="Height and width of the images; 32 and 96 by default.", min=32),
+    ] = None,
     batch: Batch = 32,
     dtype: Dtype = "float32",
     layout: Layout = "both",
+    device: Device = "cpu",
     compiles: Compiles = None,
     low_memory: Annotated[
         bool, typer.Option("--low-memory", help="Ours with low memory too, as a side of its own.")
@@ -115,7 +124,18 @@ def steps(
     dry_run: DryRun = False,
 ) -> None:
     """Whole training steps of five networks: forward, loss, backward, SGD."""
-    _nets("steps", dict(locals()))
+    settings = dict(locals())
+    settings["device"] = device_named(device).type
+    if settings["device"] == "cpu":
+        del settings["device"]
+    elif low_memory:
+        raise ConfigError(
+            f"--low-memory is for the native kernels, on the CPU, but got --device {device}; "
+            "leave one of the two out"
+        )
+    if size is None:
+        del settings["size"]
+    _nets("steps", settings)
 
 
 @bench.command()
@@ -185,6 +205,7 @@ def _nets(kind: str, settings: dict[str, Any]) -> None:
         dtypes=_names("dtype", settings["dtype"], DTYPES),
         network=settings["net"],
         quick=settings["quick"],
+        **{name: settings[name] for name in ("size", "device") if name in settings},
     )
     of = f"of {_count(len(chosen), 'network')}, batch {settings['batch']}"
     rows = sum(len(plan.layouts) for plan in chosen)
