@@ -18,6 +18,7 @@ help:
 	@echo "make sanitize  drive the C++ kernels under sanitizers (four minutes; CASES=$(CASES) SEED=$(SEED))"
 	@echo "make graphs  fold random networks and compare (GRAPHS=$(GRAPHS); minutes)"
 	@echo "make huge    drive the C++ kernels on tensors of more than 2^31 values (Linux)"
+	@echo "make gpu     all that only an NVIDIA GPU can tell: tests, times (MINUTES=$(MINUTES))"
 	@echo "make arm     drive the C++ kernels for Arm, under emulation (minutes)"
 	@echo "make clean   remove .venv, build and caches; runs/ is kept"
 
@@ -94,6 +95,13 @@ arm:
 
 huge: $(CHECKED)-plain
 	$(CHECKED)-plain/evenkeel_check --huge
+
+# Into runs/gpu; benchmarks/gpu.py says what is run.
+MINUTES ?= 8
+
+.PHONY: gpu
+gpu: .venv/installed-for-tests
+	$(BIN)/python benchmarks/gpu.py --minutes $(MINUTES)
 
 clean:
 	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -27,6 +27,7 @@ LAYERS = (
     ("report",),
     ("bench",),
     ("cli",),
+    ("__main__",),
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 HEAVY = ("triton", "plotly", "onnx", "keras", "matplotlib", "sklearn", "scipy", "PIL", "typer")
@@ -108,7 +109,7 @@ def test_the_cudnn_binding_knows_only_errors():
 
 def test_every_room_has_a_layer():
     assert {name_of(path)[0].split(".")[1] for path in modules() if path.parent != SOURCE} | {
-        path.stem for path in SOURCE.glob("[a-z]*.py")
+        path.stem for path in SOURCE.glob("*.py") if path.stem != "__init__"
     } == set(RANK)
 
 
@@ -130,6 +131,12 @@ def test_the_library_loads_no_tools():
     loaded = loaded_by("; ".join(f"import evenkeel.{room}" for room in (*rooms, "checks.fix")))
     assert "torch" in loaded
     assert not loaded & set(HEAVY)
+
+
+def test_the_command_line_is_there_without_a_script():
+    words = [sys.executable, "-m", "evenkeel", "--version"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"evenkeel {evenkeel.__version__}\n")
 
 
 def test_help_needs_no_torch():
