@@ -1,5 +1,6 @@
 """Settings that every test shares."""
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,9 @@ from hypothesis import settings
 from evenkeel.cli import main
 
 torch.set_num_threads(1)
+
+# In the background of a shell, or under nohup, Ctrl-C is ignored, and by whatever is started there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("repeatable")
