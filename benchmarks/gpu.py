@@ -162,7 +162,7 @@ def tests() -> list[str]:
     # Of plugins only ours: one that is there by chance may not get on with the others.
     words = ["-p", "pytest_timeout"] if there("pytest_timeout") else []
     if there("xdist"):
-        words += ["-p", "xdist.plugin", "-n", str(min(8, os.cpu_count() or 1))]
+        words += ["-p", "xdist.plugin", "-n", str(min(16, os.cpu_count() or 1))]
     # Here a warning is only shown, so that each test says all that it can.
     words += ["-W", "default", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-raP", *words]
