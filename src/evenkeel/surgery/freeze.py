@@ -147,7 +147,7 @@ def freeze(model: nn.Module, where: Where = None, *, affine: bool = False) -> Fr
         for norm, kind, was in done:
             if affine and was is None:
                 _give_back_gradients(norm)
-            norm.__class__ = kind
+            _become(norm, kind)
         raise
     names = tuple(titled(path, norm) for path, norm in norms.items())
     return FreezeReport("frozen", names, tuple(left), affine)
@@ -170,7 +170,7 @@ def unfreeze(model: nn.Module, where: Where = None) -> FreezeReport:
     for norm in norms.values():
         if is_frozen(norm):
             _give_back_gradients(norm)
-            norm.__class__ = norm.thawed
+            _become(norm, norm.thawed)
     return FreezeReport("unfrozen", names)
 
 
@@ -188,7 +188,7 @@ def _freeze(path: str, norm: Any, affine: bool) -> None:
     if not is_frozen(norm):
         try:
             kind: Any = type(norm)
-            norm.__class__ = _class_of(kind)
+            _become(norm, _class_of(kind))
         except TypeError as error:
             raise SurgeryError(
                 f"'{titled(path, norm)}' cannot be frozen, for the class of a "
@@ -199,6 +199,16 @@ def _freeze(path: str, norm: Any, affine: bool) -> None:
         vars(norm)[_AFFINE_WAS] = tuple(p.requires_grad for p in parameters)
         for parameter in parameters:
             parameter.requires_grad_(False)
+
+
+def _become(norm: Any, kind: Any) -> None:
+    """Changes the class, and says so to torch.compile: torch 2.11 looks at the dict alone.
+
+    There code that was compiled for the one class would go on running for the other.
+    """
+    norm.__class__ = kind
+    vars(norm)["_became"] = True
+    del vars(norm)["_became"]
 
 
 def _give_back_gradients(norm: Any) -> None:
