@@ -148,9 +148,10 @@ def normalize(
     if inplace:
         _check_writable(x, weight, bias, residual)
     from_batch = training or not spec.averages_batch
-    if not sizes:
+    way = None if sizes else direct.way(backend)
+    if way is not None:
         given = (running_mean, running_var, from_batch, momentum)
-        y = direct.batch_norm(x, spec, weight, bias, *given, eps, act, residual, inplace, backend)
+        y = way(x, spec, weight, bias, *given, eps, act, residual, inplace)
         if y is not None:
             return y
     bound = _bound(spec, x, sizes or {})

@@ -18,8 +18,8 @@ from ..kernels.native import ACTS, BOTH, FEW, MAP, REDUCE, TYPES, Native
 from ..kernels.select import choose, load
 from ..ops import aligned
 from ..pattern import NormSpec, parse
-from ..view import View, view_of
-from .plain import is_like, is_plain, wants_gradients
+from ..view import View
+from .plain import is_like, is_plain, seen, wants_gradients
 
 __all__ = ["batch_norm", "kernels", "kind_of"]
 
@@ -125,15 +125,10 @@ def _fits(one: Tensor | None, other: Tensor | None, shape: torch.Size) -> bool:
 def _plan(
     spec: NormSpec, shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype
 ) -> _Plan | None:
-    with_owners = spec.affine is None or spec.affine_is_owners
-    if not (spec.averages_batch and with_owners) or 0 in shape or dtype not in TYPES:
+    found = seen(spec, shape, strides, FEW)
+    if found is None or dtype not in TYPES:
         return None
-    bound = spec.bind(tuple(shape), {})
-    view = view_of(shape, strides, bound.kept)
-    if view is None or bound.shape != tuple(shape) or bound.count < FEW:
-        return None
-    if view.kept != tuple(sorted(view.kept)):
-        return None
+    bound, view = found
     if choose("auto", view, dtype, torch.device("cpu")).name != "native":
         return None
     kind = (*view.sizes, TYPES[dtype])

@@ -18,8 +18,8 @@ from ..kernels.select import load
 from ..kernels.triton import Plan, Triton, plan_of
 from ..ops import aligned
 from ..pattern import NormSpec
-from ..view import View, view_of
-from .plain import is_like, is_plain, wants_gradients
+from ..view import View
+from .plain import is_like, is_plain, seen, wants_gradients
 
 __all__ = ["batch_norm"]
 
@@ -65,9 +65,10 @@ def batch_norm(
     eps: float,
     act: Activation,
     residual: Tensor | None,
+    inplace: bool,
 ) -> Tensor | None:
-    """As `evenkeel.direct.batch_norm`."""
-    if not is_plain(x) or isinstance(momentum, Tensor):
+    """As `evenkeel.direct.cpu.batch_norm`."""
+    if inplace or not is_plain(x) or isinstance(momentum, Tensor):
         return None
     plan = _plan(spec, x.shape, x.stride(), x.dtype, x.device)
     running, device = (running_mean, running_var, momentum), x.get_device()
@@ -107,16 +108,13 @@ def _plan(
     dtype: torch.dtype,
     device: torch.device,
 ) -> _Plan | None:
-    with_owners = spec.affine is None or spec.affine_is_owners
-    if not (spec.averages_batch and with_owners) or 0 in shape:
+    found = seen(spec, shape, strides, 2)
+    if found is None:
         return None
-    bound = spec.bind(tuple(shape), {})
-    view = view_of(shape, strides, bound.kept)
-    if view is None or bound.shape != tuple(shape) or bound.count < 2:
-        return None
+    bound, view = found
     verbs = load("triton")
     assert isinstance(verbs, Triton)  # noqa: S101 - it is called so
-    if view.kept != tuple(sorted(view.kept)) or verbs.refuses(view, dtype, device) is not None:
+    if verbs.refuses(view, dtype, device) is not None:
         return None
     owners = torch.Size(bound.stat_shape)
     vector = torch.empty(1, dtype=accumulation_dtype(dtype, device), device=device).expand(owners)

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["PLAIN", "is_like", "is_plain", "wants_gradients"]
+from ..pattern import Bound, NormSpec
+from ..view import View, view_of
+
+__all__ = ["PLAIN", "is_like", "is_plain", "seen", "wants_gradients"]
 
 PLAIN = (Tensor, torch.nn.Parameter)
 """Classes whose operations are torch's own; a subclass may want to see them."""
@@ -50,3 +53,23 @@ def wants_gradients(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     )
+
+
+def seen(
+    spec: NormSpec, shape: torch.Size, strides: tuple[int, ...], least: int
+) -> tuple[Bound, View] | None:
+    """The pattern on that layout, if a vector of its owners lies as they do in memory; else None.
+
+    Args:
+        spec: a batch norm's, whose weight has the owners' shape.
+        shape, strides: of the tensor, which is not empty.
+        least: how many values an owner must have.
+    """
+    with_owners = spec.affine is None or spec.affine_is_owners
+    if not (spec.averages_batch and with_owners) or 0 in shape:
+        return None
+    bound = spec.bind(tuple(shape), {})
+    view = view_of(shape, strides, bound.kept)
+    if view is None or bound.shape != tuple(shape) or bound.count < least:
+        return None
+    return (bound, view) if view.kept == tuple(sorted(view.kept)) else None

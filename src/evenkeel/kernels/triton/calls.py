@@ -110,9 +110,9 @@ class Calls:
                 self._merge_sums(p, parts, sums)
             own = parts if p.fused else None
             if early is None:
-                self._dx(dy, x, p, known, act, residual, dx, dresidual, sums, own)
+                self.dx(dy, x, p, known, act, residual, dx, dresidual, sums, own)
             else:  # it is there, and stands for dy and the residual
-                self._dx(early, x, p, known, _NONE, None, dx, None, sums, own)
+                self.dx(early, x, p, known, _NONE, None, dx, None, sums, own)
 
     def stats(self, x: Tensor, p: Plan, mean: Tensor, m2: Tensor) -> None:
         """Each owner's mean and sum of squared deviations."""
@@ -138,16 +138,20 @@ class Calls:
         dy: Tensor,
         x: Tensor,
         p: Plan,
-        known: Affine,
+        affine: Affine,
         act: Activation,
         residual: Tensor | None,
         dx: Tensor,
         dresidual: Tensor | None,
         sums: Sums | None,
+        parts: Tensor | None = None,
     ) -> None:
-        """dx and the residual's gradient, with the two sums or without."""
+        """dx and the residual's gradient, with the two sums, or their parts too, or without."""
+        tensors = (dy, x, _used(residual, act), dx, dresidual, parts, *affine)
+        options = {"PARTS": 1 if parts is None else p.parts, "ACT": act.name}
+        both = (None, None) if sums is None else sums
         with _on(x):
-            self._dx(dy, x, p, known, act, residual, dx, dresidual, sums)
+            self._launch("backward_dx", p, p.splits, (*tensors, *both), act.slope, **options)
 
     def _moments(self, x: Tensor, p: Plan) -> Tensor:
         parts = x.new_empty(2, p.splits, p.owners, dtype=torch.float32)
@@ -202,24 +206,6 @@ class Calls:
 
     def _merge_sums(self, p: Plan, parts: Tensor, sums: Sums) -> None:
         self._launch("merge_sums", p.merging, 1, (parts, *sums), PARTS=p.parts)
-
-    def _dx(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        p: Plan,
-        affine: Affine,
-        act: Activation,
-        residual: Tensor | None,
-        dx: Tensor,
-        dresidual: Tensor | None,
-        sums: Sums | None,
-        parts: Tensor | None = None,
-    ) -> None:
-        tensors = (dy, x, _used(residual, act), dx, dresidual, parts, *affine)
-        options = {"PARTS": 1 if parts is None else p.parts, "ACT": act.name}
-        both = (None, None) if sums is None else sums
-        self._launch("backward_dx", p, p.splits, (*tensors, *both), act.slope, **options)
 
 
 def _on(x: Tensor) -> AbstractContextManager[object]:
