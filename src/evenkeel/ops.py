@@ -19,7 +19,7 @@ from .kernels.contract import Activation, Affine, Backend, accumulation_dtype
 from .kernels.select import choose, load
 from .view import View, logical_view, view_of
 
-__all__ = ["aligned", "dense", "norm_op"]
+__all__ = ["affine", "aligned", "dense", "norm_op"]
 
 
 @torch.library.custom_op("evenkeel::norm", mutates_args=())
@@ -47,9 +47,9 @@ def norm_op(
     act = Activation(activation, slope)
     added = None if residual is None else aligned(residual, x, view)
     if mean is not None and var is not None:
-        affine = _affine(view, x, weight, bias, mean, var, eps)
-        y = verbs.apply(x, view, affine, act, added)
-        nothing = y.new_empty(0, dtype=affine.mean.dtype)
+        known = affine(view, x, weight, bias, mean, var, eps)
+        y = verbs.apply(x, view, known, act, added)
+        nothing = y.new_empty(0, dtype=known.mean.dtype)
         return _like(y, x), nothing, nothing.clone()
     parameters = (_folded(weight, view, x), _folded(bias, view, x))
     y, mean, var = verbs.forward_training(x, view, *parameters, eps, act, added)
@@ -96,12 +96,12 @@ def norm_backward(
     ``from_batch`` says that mean and var were computed from x, and so depend on it.
     """
     x, view = dense(x, kept)
-    affine = _affine(view, x, weight, bias, mean, var, eps)
+    known = affine(view, x, weight, bias, mean, var, eps)
     act = Activation(activation, slope)
     verbs = _verbs(backend, view, x)
     dy = aligned(dy, x, view)
     added = None if residual is None else aligned(residual, x, view)
-    dx, dresidual, sums = verbs.backward(dy, x, view, affine, act, added, from_batch)
+    dx, dresidual, sums = verbs.backward(dy, x, view, known, act, added, from_batch)
     if dresidual is not None and act.name == "none":
         dresidual = dresidual.clone()  # it may be dy itself, and an op must not return its input
     return (
@@ -191,7 +191,7 @@ def _second_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None
             n, mean, m2 = verbs.stats(x, view)
             var = m2 / max(n, 1)
         y = verbs.apply(
-            x, view, _affine(view, x, weight, bias, mean, var, ctx.eps), ctx.act, residual
+            x, view, affine(view, x, weight, bias, mean, var, ctx.eps), ctx.act, residual
         )
         sources = [t for t in given if t is not None]
         first = iter(torch.autograd.grad(y, sources[1:], dy, create_graph=True))
@@ -231,7 +231,7 @@ def _folded(vector: Tensor | None, view: View, x: Tensor) -> Tensor | None:
     return view.fold_vector(wide, x.shape)
 
 
-def _affine(
+def affine(
     view: View,
     x: Tensor,
     weight: Tensor | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -95,6 +96,46 @@ def test_it_computes_what_the_reference_does(
     assert moved is training
 
 
+KEPT = {
+    "runs of 49": ((3, 3, 7, 7), NCHW, 3 * 19),  # 147 bits of each owner, in whole bytes
+    "runs of 6": ((4, 3, 2, 3), NCHW, 3 * 3),
+    "runs of 4": ((5, 3, 2, 2), NCHW, 3 * 3),
+    "runs of 64": ((4, 3, 8, 8), NCHW, 3 * 32),
+    "runs of 2": ((2, 3, 1, 2), NCHW, 3),
+    "8 channels": ((3, 8, 3, 5), NHWC, 45),
+    "40 channels": ((2, 40, 2, 3), NHWC, 60),
+    "128 channels": ((2, 128, 1, 5), NHWC, 160),
+    "9 channels": ((3, 9, 3, 5), NHWC, None),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("shape", "layout", "size"), KEPT.values(), ids=KEPT)
+def test_behind_a_sum_a_bit_for_each_value_is_kept(shape, layout, size, way, monkeypatch) -> None:
+    """In place of the residual, where bits make whole bytes; it decides what the residual did."""
+    gpu._plan.cache_clear()
+    limits = dataclasses.replace(WAYS[way], line=max(32, WAYS[way].line))
+    monkeypatch.setattr(planning, "LIMITS", limits)
+    for place, (act, training) in enumerate(itertools.product(ACTS[1:4], [True, False])):
+        given, dy, running = tensors(shape, layout, F32, PATTERNS[0], seed=place)
+        residual = given[3]
+        with torch.no_grad():
+            residual.mul_(4)  # so that bits and signs of x have little in common
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: None):
+            normalize(*given[:1], PATTERNS[0], residual=residual, activation=act, backend="triton")
+        assert any(t is residual for t in kept) is (size is None)
+        assert [t.numel() for t in kept if t is not None and t.dtype == torch.uint8] == (
+            [] if size is None else [size]
+        )
+        found = [
+            run(name, dtype, given, dy, running, PATTERNS[0], act, True, training)
+            for name, dtype in (("triton", F32), ("reference", torch.float64))
+        ]
+        for got, wanted in zip(*found, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=2e-5, atol=2e-4)
+
+
 def test_running_statistics_that_are_used_may_move_before_backward(ways) -> None:
     given, dy, running = tensors((4, 3, 4, 4), NCHW, F32, PATTERNS[0])
     x, weight, bias, _ = given
@@ -108,7 +149,7 @@ def test_running_statistics_that_are_used_may_move_before_backward(ways) -> None
     assert len(ways) == 1
 
 
-@pytest.mark.parametrize("act", [None, "silu"])
+@pytest.mark.parametrize("act", ACTS)
 def test_a_second_derivative_is_the_ops(act, ways) -> None:
     given, dy, _ = tensors((4, 3, 4, 4), NCHW, F32, PATTERNS[0])
     x, weight, bias, residual = given

@@ -15,6 +15,7 @@ if torch.cuda.is_available():
 
 from triton.runtime.driver import driver as active
 
+from evenkeel.direct.plain import BITS
 from evenkeel.kernels.contract import Activation, Affine, Sums
 from evenkeel.view import view_of
 
@@ -76,25 +77,30 @@ class Norm:
         view = view_of(self.x.shape, self.x.stride(), (1,))
         self.vectors = [torch.zeros(view.kept_sizes) for _ in range(8)]
         self.plan, self.walk = (planning.plan(view, dtype.itemsize, k) for k in (True, False))
+        has_bits = adds and act in BITS
+        self.bits = torch.empty(self.plan.bits, dtype=torch.uint8) if has_bits else None
 
     def __call__(self) -> None:
         mean, invstd, running_mean, running_var, weight, bias, one, two = self.vectors
         x, p, own = self.x, self.plan, (weight, bias)
         statistics = (mean, None, invstd, running_mean, running_var)
-        self.calls.train(x, p, self.residual, self.y, statistics, own, 1e-5, 0.1, self.act)
+        self.calls.train(
+            *(x, p, self.residual, self.y, statistics, own, 1e-5, 0.1, self.act, self.bits)
+        )
         remembered = (running_mean, running_var, None)
         self.calls.map(x, self.walk, self.residual, self.y, *remembered, own, 1e-5, self.act)
         known, sums = Affine(mean, invstd, *own), Sums(one, two)
         for from_batch in (True, False):
             self.calls.backward(
                 *(self.dy, x, p, self.residual, self.dx, self.dresidual),
-                *(known, sums, self.act, from_batch),
+                *(known, sums, self.act, from_batch, self.bits),
             )
 
 
 def plainly(launches, norm):
     """Launches with addresses in place of tensors; memory that a call makes for itself is 'own'."""
-    given = (norm.x, norm.dy, norm.y, norm.dx, norm.residual, norm.dresidual, *norm.vectors)
+    added = (norm.residual, norm.dresidual, norm.bits)
+    given = (norm.x, norm.dy, norm.y, norm.dx, *added, *norm.vectors)
     known = {t.data_ptr() for t in given if t is not None}
 
     def plain(argument):

@@ -19,13 +19,11 @@ from ..kernels.select import choose, load
 from ..ops import aligned
 from ..pattern import NormSpec, parse
 from ..view import View
-from .plain import is_like, is_plain, seen, wants_gradients
+from .plain import BITS, is_like, is_plain, seen, stand_in, wants_gradients
 
 __all__ = ["batch_norm", "kernels", "kind_of"]
 
 _WIDE = (torch.float32, torch.float64)
-_BITS = ("relu", "leaky_relu", "relu6")
-"""Activations whose gradient one bit decides."""
 
 
 class _Plan(NamedTuple):
@@ -199,7 +197,7 @@ class _Fused(torch.autograd.Function):
         ctx.adds = residual is not None
         kept = None if call.act.name == "none" else residual
         mask = None
-        if kept is not None and call.act.name in _BITS:
+        if kept is not None and call.act.name in BITS:
             size = kernels().mask_bytes(*call.plan.kind)
             mask = kept = torch.empty(size, dtype=torch.uint8, device="cpu")
         y = _forward(x, weight, bias, residual, call, mask, *running)
@@ -216,7 +214,7 @@ class _Fused(torch.autograd.Function):
         if dy.dtype != x.dtype:
             dy = dy.to(x.dtype)
         dy = aligned(dy, x, plan.view)
-        mask = kept if ctx.adds and act.name in _BITS else None
+        mask = kept if ctx.adds and act.name in BITS else None
         maps = wants_x or (wants_residual and kept is not None)
         dx = torch.empty_like(x) if maps else None
         dweight = torch.empty_like(weight) if wants_weight else None
@@ -242,8 +240,10 @@ def _by_op(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients, by an op that can be differentiated."""
     x, weight, bias, kept = ctx.saved_tensors
     plan, act, eps, from_batch, (mean, _, var) = ctx.call
-    mask = ctx.adds and act.name in _BITS
-    residual = _stand_in(ctx, x, weight, bias, kept) if mask else kept
+    residual = kept
+    if ctx.adds and act.name in BITS:
+        through = _through(x, ctx.call, kept)
+        residual = stand_in(x, plan.view, weight, bias, mean, var, eps, through)
     dx, dweight, dbias, dresidual = torch.ops.evenkeel.norm_backward(
         *(dy, x, weight, bias, residual, mean, var, from_batch),
         *(plan.kept, eps, act.name, act.slope, "auto"),
@@ -252,28 +252,20 @@ def _by_op(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx,
         None if weight is None else dweight,
         None if bias is None else dbias,
-        (dresidual if kept is not None else dy) if ctx.adds else None,
+        (dy if kept is None else dresidual.to(x.dtype)) if ctx.adds else None,
         None,
         None,
     )
 
 
-def _stand_in(
-    ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor
-) -> Tensor:
-    """A residual that decides every gradient as the one did of which only the bits were kept.
-
-    Where an activation is decided by one bit, nothing but the decision depends on the residual.
-    """
-    call, mean = ctx.call, ctx.call.memory.data_ptr()
-    with torch.no_grad():
-        # dy = 1 goes through where the bit is set, and -1 is what stands for a bit that is not.
-        passed, dx, through = torch.ones_like(x), torch.empty_like(x), torch.empty_like(x)
-        kernels().backward(
-            *call.plan.kind,
-            *(ACTS["relu"], 0.0, MAP, torch.get_num_threads(), False),
-            *(passed.data_ptr(), x.data_ptr(), 0, mask.data_ptr(), dx.data_ptr()),
-            *(through.data_ptr(), 0, 0, False, mean, mean + call.plan.row, 0, 0, 0),
-        )
-        plain = call._replace(act=Activation())
-        return (2 * through - 1) - _forward(x, weight, bias, None, plain, None, phases=MAP)
+def _through(x: Tensor, call: _Call, mask: Tensor) -> Tensor:
+    """What a gradient of ones is behind the mask: 1 where a bit is set, else 0."""
+    given, dx, through = torch.ones_like(x), torch.empty_like(x), torch.empty_like(x)
+    mean = call.memory.data_ptr()
+    kernels().backward(
+        *call.plan.kind,
+        *(ACTS["relu"], 0.0, MAP, torch.get_num_threads(), False),
+        *(given.data_ptr(), x.data_ptr(), 0, mask.data_ptr(), dx.data_ptr()),
+        *(through.data_ptr(), 0, 0, False, mean, mean + call.plan.row, 0, 0, 0),
+    )
+    return through

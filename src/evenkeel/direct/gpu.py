@@ -1,8 +1,9 @@
 """On a GPU: Triton's kernels, launched from one autograd function.
 
 They move the running statistics too, so that a norm in training is one or two launches forward and
-one or two backward, three where an owner is divided among very many programs. In Triton's
-interpreter the same way leads to the CPU.
+one or two backward, three where an owner is divided among very many programs. Behind a residual
+add they keep one bit for each value in place of the residual, where those make whole bytes. In
+Triton's interpreter the same way leads to the CPU.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ..kernels.triton import Plan, Triton, plan_of
 from ..ops import aligned
 from ..pattern import NormSpec
 from ..view import View
-from .plain import is_like, is_plain, seen, wants_gradients
+from .plain import BITS, is_like, is_plain, seen, stand_in, wants_gradients
 
 __all__ = ["batch_norm"]
 
@@ -47,10 +48,6 @@ class _Call(NamedTuple):
     act: Activation
     eps: float
     from_batch: bool
-
-
-_Running = tuple[Tensor | None, Tensor | None, float]
-"""Mean, variance and the weight of the new value."""
 
 
 def batch_norm(
@@ -88,7 +85,7 @@ def batch_norm(
     if wants_gradients(*given):
         y: Tensor = _Fused.apply(*given, call, running)  # type: ignore[no-untyped-call]
         return y
-    return _forward(*given, call, running)[0]
+    return _forward(*given, call, None, *running)[0]
 
 
 def _fits(t: Tensor, shape: torch.Size, device: int) -> bool:
@@ -128,18 +125,22 @@ def _forward(
     bias: Tensor | None,
     residual: Tensor | None,
     call: _Call,
-    running: _Running,
+    bits: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y; and mean and 1 / sqrt(var + eps) if they are the batch's."""
     plan, act, eps, from_batch = call
-    verbs, own, (running_mean, running_var, momentum) = plan.verbs, (weight, bias), running
+    verbs, own = plan.verbs, (weight, bias)
     y = verbs.like(x)
     if from_batch:
         mean, invstd = torch.empty_like(plan.vector), torch.empty_like(plan.vector)
         statistics = (mean, None, invstd, running_mean, running_var)
-        verbs.calls.train(x, plan.division, residual, y, statistics, own, eps, momentum, act)
+        verbs.calls.train(x, plan.division, residual, y, statistics, own, eps, momentum, act, bits)
         return _as(x, y), mean, invstd
-    verbs.calls.map(x, plan.walk, residual, y, running_mean, running_var, None, own, eps, act)
+    p = plan.walk if bits is None else plan.division
+    verbs.calls.map(x, p, residual, y, running_mean, running_var, None, own, eps, act, bits)
     return _as(x, y), None, None
 
 
@@ -159,37 +160,48 @@ class _Fused(torch.autograd.Function):
         bias: Tensor | None,
         residual: Tensor | None,
         call: _Call,
-        running: _Running,
+        running: tuple[Tensor | None, Tensor | None, float],
     ) -> Tensor:
-        y, mean, invstd = _forward(x, weight, bias, residual, call, running)
+        kept = None if call.act.name == "none" else residual
+        bits, size = None, call.plan.division.bits
+        if kept is not None and call.act.name in BITS and size:
+            bits = kept = x.new_empty(size, dtype=torch.uint8)
+        y, mean, invstd = _forward(x, weight, bias, residual, call, bits, *running)
         if mean is None:  # running statistics, which may have moved before backward
             mean, var = (_copy(t, call.plan.vector) for t in running[:2])
             invstd = (var + call.eps).rsqrt()
         ctx.call, ctx.statistics = call, (mean, invstd)
-        ctx.adds = residual is not None
-        ctx.save_for_backward(x, weight, bias, None if call.act.name == "none" else residual)
+        ctx.adds, ctx.has_bits = residual is not None, bits is not None
+        ctx.save_for_backward(x, weight, bias, kept)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, residual = ctx.saved_tensors
+        x, weight, bias, kept = ctx.saved_tensors
         plan, act, eps, from_batch = ctx.call
         mean, invstd = ctx.statistics
+        residual, bits = (None, kept) if ctx.has_bits else (kept, None)
         dresidual: Tensor | None
         if torch.is_grad_enabled():  # a second derivative is wanted, which the op has
             var = invstd.square().reciprocal() - eps  # to which eps will be added again
+            if bits is not None:
+                residual = stand_in(
+                    *(x, plan.view, weight, bias, mean, var, eps),
+                    _through(x, plan, bits, Affine(mean, invstd)),
+                )
             dx, dweight, dbias, dresidual = torch.ops.evenkeel.norm_backward(
                 *(dy, x, weight, bias, residual, mean, var, from_batch),
                 *(plan.kept, eps, act.name, act.slope, "triton"),
             )
+            dresidual = _as(x, dresidual)
         else:
             verbs = plan.verbs
             dy = aligned(_as(x, dy), x, plan.view)
-            dx, dresidual = verbs.like(x), verbs.dresidual(residual, act)
+            dx, dresidual = verbs.like(x), None if kept is None else verbs.like(x)
             sums = Sums(torch.empty_like(plan.vector), torch.empty_like(plan.vector))
             known = Affine(mean, invstd, weight, bias)
             verbs.calls.backward(
-                dy, x, plan.division, residual, dx, dresidual, known, sums, act, from_batch
+                dy, x, plan.division, residual, dx, dresidual, known, sums, act, from_batch, bits
             )
             dx, dresidual = _as(x, dx), None if dresidual is None else _as(x, dresidual)
             dbias, dweight = sums
@@ -197,9 +209,19 @@ class _Fused(torch.autograd.Function):
             dx,
             None if weight is None else _as(weight, dweight),
             None if bias is None else _as(bias, dbias),
-            (dy if residual is None else dresidual) if ctx.adds else None,
+            (dy if kept is None else dresidual) if ctx.adds else None,
             *(None, None),
         )
+
+
+def _through(x: Tensor, plan: _Plan, bits: Tensor, known: Affine) -> Tensor:
+    """What a gradient of ones is behind the bits: 1 where one is set, else 0."""
+    like, sums = plan.verbs.like, Sums(*(torch.empty_like(plan.vector) for _ in range(2)))
+    given, dx, through = torch.ones_like(x), like(x), like(x)
+    plan.verbs.calls.backward(
+        given, x, plan.division, None, dx, through, known, sums, Activation("relu"), False, bits
+    )
+    return through
 
 
 def _copy(t: Tensor | None, like: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ class Calls:
         eps: float,
         momentum: float,
         act: Activation,
+        bits: Tensor | None = None,
     ) -> None:
         """The forward of training.
 
@@ -46,21 +47,24 @@ class Calls:
 
             running = (1 - momentum) * running + momentum * batch
 
-        with the unbiased variance. ``own`` are weight and bias or None.
+        with the unbiased variance. ``own`` are weight and bias or None. ``bits``, if given, are
+        `Plan.bits` bytes for a bit of each value, which says whether the gradient passes the
+        activation.
         """
         with _on(x):
             if p.resident:
-                tensors = (x, residual, y, *statistics, *own)
+                tensors = (x, residual, y, bits, *statistics, *own)
                 floats = (eps, momentum, act.slope)
                 self._launch("forward_resident", p, 1, tensors, *floats, ACT=act.name)
                 return
             parts = self._moments(x, p)
             if p.fused:
-                self._apply(x, p, act, residual, y, parts, statistics, own, eps, momentum)
+                self._apply(x, p, act, residual, y, bits, parts, statistics, own, eps, momentum)
                 return
             outputs = (statistics[0], None, *statistics[1:])
             self._merge_moments(x, p, parts, outputs, eps, momentum)
-            self.map(x, p, residual, y, statistics[0], None, statistics[2], own, eps, act)
+            mean, _, invstd = statistics[:3]
+            self.map(x, p, residual, y, mean, None, invstd, own, eps, act, bits)
 
     def map(
         self,
@@ -74,11 +78,12 @@ class Calls:
         own: Sequence[Tensor | None],
         eps: float,
         act: Activation,
+        bits: Tensor | None = None,
     ) -> None:
         """The forward of inference, by invstd, or by var and eps if it is None."""
         with _on(x):
             known = (mean, var, invstd, None, None)
-            self._apply(x, p, act, residual, y, None, known, own, eps)
+            self._apply(x, p, act, residual, y, bits, None, known, own, eps)
 
     def backward(
         self,
@@ -92,26 +97,30 @@ class Calls:
         sums: Sums,
         act: Activation,
         from_batch: bool,
+        bits: Tensor | None = None,
     ) -> None:
-        """The backward; dx and dresidual are as `Triton.like` and `Triton.dresidual` make them."""
+        """The backward; dx and dresidual are as `Triton.like` and `Triton.dresidual` make them.
+
+        With ``bits``, those of the forward, the residual is not read and may be None.
+        """
         with _on(x):
             if p.resident:
-                tensors = (dy, x, _used(residual, act), dx, dresidual, *known, *sums)
+                tensors = (dy, x, _used(residual, act, bits), bits, dx, dresidual, *known, *sums)
                 options = {"ACT": act.name, "FROM_BATCH": from_batch}
                 self._launch("backward_resident", p, 1, tensors, act.slope, **options)
                 return
             if not from_batch:  # dx does not wait for the sums
-                parts = self._reduce(dy, x, p, known, act, residual, dx, dresidual)
+                parts = self._reduce(dy, x, p, known, act, residual, bits, dx, dresidual)
                 self._merge_sums(p, parts, sums)
                 return
             early = dresidual if _is_exact(act, x) else None
-            parts = self._reduce(dy, x, p, known, act, residual, None, early)
+            parts = self._reduce(dy, x, p, known, act, residual, bits, None, early)
             if not p.fused:
                 self._merge_sums(p, parts, sums)
             own = parts if p.fused else None
             if early is None:
-                self.dx(dy, x, p, known, act, residual, dx, dresidual, sums, own)
-            else:  # it is there, and stands for dy and the residual
+                self.dx(dy, x, p, known, act, residual, dx, dresidual, sums, own, bits)
+            else:  # it is there, and stands for dy and what decides the activation
                 self.dx(early, x, p, known, _NONE, None, dx, None, sums, own)
 
     def stats(self, x: Tensor, p: Plan, mean: Tensor, m2: Tensor) -> None:
@@ -131,7 +140,7 @@ class Calls:
     ) -> None:
         """The two sums alone."""
         with _on(x):
-            self._merge_sums(p, self._reduce(dy, x, p, known, act, residual), sums)
+            self._merge_sums(p, self._reduce(dy, x, p, known, act, residual, None), sums)
 
     def dx(
         self,
@@ -145,9 +154,11 @@ class Calls:
         dresidual: Tensor | None,
         sums: Sums | None,
         parts: Tensor | None = None,
+        bits: Tensor | None = None,
     ) -> None:
         """dx and the residual's gradient, with the two sums, or their parts too, or without."""
-        tensors = (dy, x, _used(residual, act), dx, dresidual, parts, *affine)
+        added = _used(residual, act, bits)
+        tensors = (dy, x, added, bits, dx, dresidual, parts, *affine)
         options = {"PARTS": 1 if parts is None else p.parts, "ACT": act.name}
         both = (None, None) if sums is None else sums
         with _on(x):
@@ -178,13 +189,14 @@ class Calls:
         act: Activation,
         residual: Tensor | None,
         y: Tensor,
+        bits: Tensor | None,
         parts: Tensor | None,
         statistics: Sequence[Tensor | None],
         own: Sequence[Tensor | None],
         eps: float = 0.0,
         momentum: float = 0.0,
     ) -> None:
-        tensors = (x, residual, y, parts, *statistics, *own)
+        tensors = (x, residual, y, bits, parts, *statistics, *own)
         options = {"PARTS": 1 if parts is None else p.parts, "ACT": act.name}
         self._launch("apply", p, p.splits, tensors, eps, momentum, act.slope, **options)
 
@@ -196,11 +208,13 @@ class Calls:
         affine: Affine,
         act: Activation,
         residual: Tensor | None,
+        bits: Tensor | None,
         dx: Tensor | None = None,
         dresidual: Tensor | None = None,
     ) -> Tensor:
         parts = x.new_empty(2, p.splits, p.owners, dtype=torch.float32)
-        tensors = (dy, x, _used(residual, act), dx, dresidual, parts, *affine)
+        added = _used(residual, act, bits)
+        tensors = (dy, x, added, bits, dx, dresidual, parts, *affine)
         self._launch("backward_reduce", p, p.splits, tensors, act.slope, ACT=act.name)
         return parts
 
@@ -215,9 +229,9 @@ def _on(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device)
 
 
-def _used(residual: Tensor | None, act: Activation) -> Tensor | None:
+def _used(residual: Tensor | None, act: Activation, bits: Tensor | None) -> Tensor | None:
     """The residual, where backward depends on it."""
-    return None if act.name == "none" else residual
+    return residual if act.name != "none" and bits is None else None
 
 
 def _is_exact(act: Activation, x: Tensor) -> bool:

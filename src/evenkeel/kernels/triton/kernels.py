@@ -17,6 +17,9 @@ Each lane of the tile merges its values one by one (Chan et al. 1979, with parts
 then splits, are merged at once: ``m2 = sum(m2_i + n_i * (mean_i - mean)^2)``. A tile that holds all
 of an owner's values is read once and has its mean first, then the squares of what is left.
 
+Behind a sum a bit for each value says whether its gradient passes the activation, so that backward
+does not read the residual. An owner's bits are whole bytes in rows, a step's are in columns.
+
 Pointers to vectors may be float64, as on the CPU, where the interpreter runs. Arithmetic is
 float32. The arguments from ``count`` on are `planning.Plan.numbers`, and mean what it says.
 """
@@ -29,10 +32,13 @@ import triton.language as tl
 from .tiles import (
     activate,
     before_activation,
+    first_byte,
     gradient_before,
+    load_bits,
     merged_moments,
     owners_of,
     pivot_of,
+    store_bits,
     store_parts,
     store_statistics,
     store_sum,
@@ -114,7 +120,7 @@ def merge_moments(
 
 @triton.jit(do_not_specialize=_SIZES)
 def apply(
-    x, residual, y, parts, mean, var, invstd, running_mean, running_var, weight, bias,
+    x, residual, y, bits, parts, mean, var, invstd, running_mean, running_var, weight, bias,
     eps, momentum, slope,
     count, splits, across, run, jump, block, magic, shift, length, per,
     COLUMNS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
@@ -150,6 +156,7 @@ def apply(
     offset = vector(bias, owners, real, 0.0)
     start = split * per
     stop = tl.minimum(start + per, length)
+    first = first_byte(group, base, length, COLUMNS, B, WIDE)
     for step in range(start, stop, A):
         places, exist = tile(
             step, stop, base, lanes, run, jump, magic, shift, COLUMNS, A, UNIT, WIDE
@@ -157,11 +164,15 @@ def apply(
         value = tl.load(x + places, exist, 0).to(tl.float32)
         z = before_activation(value - centre, scale, offset, residual, places, exist)
         tl.store(y + places, activate(z, slope, ACT), exist)
+        if bits is not None:
+            store_bits(
+                bits, z, step, stop, first, group, across, run, jump, COLUMNS, A, B, WIDE, ACT
+            )
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def forward_resident(
-    x, residual, y, mean, var, invstd, running_mean, running_var, weight, bias,
+    x, residual, y, bits, mean, var, invstd, running_mean, running_var, weight, bias,
     eps, momentum, slope,
     count, splits, across, run, jump, block, magic, shift, length, per,
     COLUMNS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
@@ -186,11 +197,14 @@ def forward_resident(
     offset = vector(bias, owners, real, 0.0)
     z = before_activation(value - (pivot + apart), scale, offset, residual, places, exist)
     tl.store(y + places, activate(z, slope, ACT), exist)
+    if bits is not None:
+        first = first_byte(group, base, length, COLUMNS, B, WIDE)
+        store_bits(bits, z, 0, length, first, group, across, run, jump, COLUMNS, A, B, WIDE, ACT)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def backward_reduce(
-    dy, x, residual, dx, dresidual, parts, mean, invstd, weight, bias, slope,
+    dy, x, residual, bits, dx, dresidual, parts, mean, invstd, weight, bias, slope,
     count, splits, across, run, jump, block, magic, shift, length, per,
     COLUMNS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
     ACT: tl.constexpr,
@@ -209,12 +223,18 @@ def backward_reduce(
     two = tl.full((A, B), 0, tl.float32)
     start = split * per
     stop = tl.minimum(start + per, length)
+    first = first_byte(group, base, length, COLUMNS, B, WIDE)
     for step in range(start, stop, A):
         places, exist = tile(
             step, stop, base, lanes, run, jump, magic, shift, COLUMNS, A, UNIT, WIDE
         )
         centred = tl.load(x + places, exist, 0).to(tl.float32) - centre
-        dz = gradient_before(dy, centred, scale, offset, residual, slope, places, exist, ACT)
+        passed = load_bits(
+            bits, step, stop, first, group, across, run, jump, lanes, COLUMNS, A, B, WIDE
+        )
+        dz = gradient_before(
+            dy, centred, scale, offset, residual, passed, slope, places, exist, ACT
+        )
         one += dz
         two += tl.where(exist, dz * (centred * inverse), 0)
         if dx is not None:
@@ -240,7 +260,8 @@ def merge_sums(
 
 @triton.jit(do_not_specialize=_SIZES)
 def backward_dx(
-    dy, x, residual, dx, dresidual, parts, mean, invstd, weight, bias, sum_dz, sum_dz_xhat, slope,
+    dy, x, residual, bits, dx, dresidual, parts, mean, invstd, weight, bias,
+    sum_dz, sum_dz_xhat, slope,
     count, splits, across, run, jump, block, magic, shift, length, per,
     COLUMNS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
     PARTS: tl.constexpr, ACT: tl.constexpr,
@@ -268,13 +289,19 @@ def backward_dx(
     offset = vector(bias, owners, real, 0.0)
     start = split * per
     stop = tl.minimum(start + per, length)
+    first = first_byte(group, base, length, COLUMNS, B, WIDE)
     for step in range(start, stop, A):
         places, exist = tile(
             step, stop, base, lanes, run, jump, magic, shift, COLUMNS, A, UNIT, WIDE
         )
         value = tl.load(x + places, exist, 0).to(tl.float32)
         centred = value - centre
-        dz = gradient_before(dy, centred, scale, offset, residual, slope, places, exist, ACT)
+        passed = load_bits(
+            bits, step, stop, first, group, across, run, jump, lanes, COLUMNS, A, B, WIDE
+        )
+        dz = gradient_before(
+            dy, centred, scale, offset, residual, passed, slope, places, exist, ACT
+        )
         if dresidual is not None:
             tl.store(dresidual + places, dz, exist)
         if sum_dz is not None:
@@ -284,7 +311,7 @@ def backward_dx(
 
 @triton.jit(do_not_specialize=_SIZES)
 def backward_resident(
-    dy, x, residual, dx, dresidual, mean, invstd, weight, bias, sum_dz, sum_dz_xhat, slope,
+    dy, x, residual, bits, dx, dresidual, mean, invstd, weight, bias, sum_dz, sum_dz_xhat, slope,
     count, splits, across, run, jump, block, magic, shift, length, per,
     COLUMNS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
     ACT: tl.constexpr, FROM_BATCH: tl.constexpr,
@@ -297,7 +324,9 @@ def backward_resident(
     scale = inverse * vector(weight, owners, real, 1.0)
     offset = vector(bias, owners, real, 0.0)
     centred = tl.load(x + places, exist, 0).to(tl.float32) - vector(mean, owners, real, 0.0)
-    dz = gradient_before(dy, centred, scale, offset, residual, slope, places, exist, ACT)
+    first = first_byte(group, base, length, COLUMNS, B, WIDE)
+    passed = load_bits(bits, 0, length, first, group, across, run, jump, lanes, COLUMNS, A, B, WIDE)
+    dz = gradient_before(dy, centred, scale, offset, residual, passed, slope, places, exist, ACT)
     xhat = centred * inverse
     one = total(dz, COLUMNS)
     two = total(tl.where(exist, dz * xhat, 0), COLUMNS)

@@ -91,6 +91,17 @@ class Plan:
         return _power(self.splits)
 
     @cached_property
+    def bits(self) -> int:
+        """Bytes that a bit for each value takes: whole ones for each owner, or for each step.
+
+        Zero where a step's values are no whole bytes, and most of one would be lost.
+        """
+        across, _, _, block, *_, length, _ = self.sizes
+        if self.columns:
+            return self.groups // across * block if self.unit == 8 <= self.b else 0
+        return self.owners * -(-length * self.b // 8)
+
+    @cached_property
     def merging(self) -> Plan:
         """The same, divided for the kernels that only merge: few owners for each of them."""
         if not self.columns:
@@ -124,8 +135,11 @@ def plan(view: View, itemsize: int, keeps: bool = False, limits: Limits = LIMITS
         b = unit
         across, jump, length = k2, k2 * run, r1 * run
     groups = k1 * across
-    resident = keeps and b * _power(length) <= limits.resident
-    a = _power(length) if resident else max(1, min(_power(length), limits.tile // b))
+    least = 1 if columns else 8 // b  # so that a tile's bits are whole bytes
+    a = max(least, _power(length))
+    resident = keeps and a * b <= limits.resident
+    if not resident:
+        a = max(least, min(a, limits.tile // b))
     splits = 1 if resident else _splits(groups, length, a, b, columns, limits)
     per = -(-length // (splits * a)) * a
     splits = -(-length // per)

@@ -102,6 +102,75 @@ def activation_gradient(dy, z, slope, ACT: tl.constexpr):
 
 
 @triton.jit
+def passing(z, ACT: tl.constexpr):
+    """1 where `activation_gradient` is dy, else 0, for those that have one other value."""
+    if ACT == "leaky_relu":
+        return tl.where(z > 0, 1, 0)
+    elif ACT == "relu6":
+        return tl.where((z <= 0) | (z >= 6), 0, 1)
+    else:
+        return tl.where(z <= 0, 0, 1)
+
+
+@triton.jit
+def first_byte(group, base, length, COLUMNS: tl.constexpr, B: tl.constexpr, WIDE: tl.constexpr):
+    """Where a program's bits begin: in rows every owner has whole bytes, in columns every step."""
+    if COLUMNS:
+        return base
+    else:
+        far = group.to(tl.int64) if WIDE else group
+        return far * ((length * B + 7) // 8)
+
+
+@triton.jit
+def bytes_of(
+    step, stop, first, group, across, run, jump,
+    A: tl.constexpr, B: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """In columns, where the bytes of the steps' bits lie, and which of them exist."""
+    steps = step + tl.arange(0, A)[:, None]
+    units = group % across * (B // 8) + tl.arange(0, B // 8)[None, :]
+    far = steps.to(tl.int64) if WIDE else steps
+    return first + far * jump + units, (steps < stop) & (units < run)
+
+
+@triton.jit
+def store_bits(
+    pointer, z, step, stop, first, group, across, run, jump,
+    COLUMNS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, WIDE: tl.constexpr, ACT: tl.constexpr,
+):  # fmt: skip
+    """A bit for each value of the tile, set where the gradient passes."""
+    bits = passing(z, ACT)
+    if COLUMNS:
+        places, exist = bytes_of(step, stop, first, group, across, run, jump, A, B, WIDE)
+        shifts = tl.arange(0, 8)[None, None, :]
+        packed = tl.reduce(tl.reshape(bits, (A, B // 8, 8)) << shifts, 2, _add)
+    else:
+        near = tl.arange(0, A * B // 8)
+        places, exist = first + step * B // 8 + near, near * 8 < (stop - step) * B
+        packed = tl.reduce(tl.reshape(bits, (A * B // 8, 8)) << tl.arange(0, 8)[None, :], 1, _add)
+    tl.store(pointer + places, packed.to(tl.uint8), exist)
+
+
+@triton.jit
+def load_bits(
+    pointer, step, stop, first, group, across, run, jump, lanes,
+    COLUMNS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """What `store_bits` has stored, or None if there are none."""
+    if pointer is None:
+        return None
+    elif COLUMNS:
+        places, exist = bytes_of(step, stop, first, group, across, run, jump, A, B, WIDE)
+        packed = tl.load(pointer + places, exist, 0).to(tl.int32)
+        return tl.reshape(packed[:, :, None] >> tl.arange(0, 8)[None, None, :] & 1, (A, B))
+    else:
+        steps = step + tl.arange(0, A)[:, None]
+        packed = tl.load(pointer + first + steps * B // 8, steps < stop, 0).to(tl.int32)
+        return packed >> (steps * B % 8 + lanes) & 1
+
+
+@triton.jit
 def before_activation(centred, scale, bias, residual, places, exist):
     """The value before the activation."""
     z = centred * scale + bias
@@ -111,11 +180,15 @@ def before_activation(centred, scale, bias, residual, places, exist):
 
 
 @triton.jit
-def gradient_before(dy, centred, scale, offset, residual, slope, places, exist, ACT: tl.constexpr):
-    """The gradient before the activation; zero where no value exists."""
+def gradient_before(
+    dy, centred, scale, offset, residual, bits, slope, places, exist, ACT: tl.constexpr
+):
+    """The gradient before the activation, by ``bits`` if there are any; zero where no value is."""
     given = tl.load(dy + places, exist, 0).to(tl.float32)
     if ACT == "none":
         return given
+    elif bits is not None:
+        return tl.where(bits != 0, given, given * slope if ACT == "leaky_relu" else 0.0)
     else:
         z = before_activation(centred, scale, offset, residual, places, exist)
         return tl.where(exist, activation_gradient(given, z, slope, ACT), 0)
