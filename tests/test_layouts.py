@@ -76,7 +76,7 @@ def test_fake_kernels_know_the_strides(layout: Callable) -> None:
     rest = ([1], EPS, "relu", 0.0, "reference")
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(norm_op, (x, owners, None, x, None, None, *rest), test_utils=tests)
-    args = (x.flip(0), x, owners, None, x, owners, owners, True, *rest)
+    args = (x.flip(0), x, owners, None, x, None, owners, owners, True, *rest)
     torch.library.opcheck(norm_backward, args, test_utils=tests)
 
 
@@ -94,7 +94,7 @@ def test_results_of_a_backend_are_not_copied(layout: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr("evenkeel.ops.load", lambda _: Spy())
     x = LAYOUTS[layout](BASE).clone()
-    y, _, _ = norm_op(x, None, None, None, None, None, [1], EPS, "none", 0.0, "reference")
+    y, _, _, _ = norm_op(x, None, None, None, None, None, [1], EPS, "none", 0.0, "reference")
     assert y.stride() == x.stride()
     assert y.data_ptr() == made[0].data_ptr()
 

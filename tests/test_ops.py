@@ -60,9 +60,9 @@ def backward_args(config: tuple, dtype: torch.dtype = torch.float64, grad: bool 
     x, weight, bias, residual, mean, var, *rest = forward_args(config, dtype, grad)
     from_batch = mean is None
     if from_batch:
-        _, mean, var = norm_op(x.detach(), None, None, None, None, None, *rest)
+        _, mean, var, _ = norm_op(x.detach(), None, None, None, None, None, *rest)
     dy = torch.randn_like(x).requires_grad_(grad)
-    return [dy, x, weight, bias, residual, mean, var, from_batch, *rest]
+    return [dy, x, weight, bias, residual, None, mean, var, from_batch, *rest]
 
 
 def differentiable(op: Callable, args: list) -> tuple[Callable, list[Tensor]]:
@@ -164,13 +164,13 @@ def test_gradients_of_one_input_alone(needed: str) -> None:
 
 def test_statistics_are_the_batchs_and_have_no_gradient() -> None:
     args = forward_args(CONFIGS["per location"])
-    _, mean, var = norm_op(*args)
+    _, mean, var, _ = norm_op(*args)
     x = args[0].detach()
     torch.testing.assert_close(mean, x.mean((0, 1)), rtol=1e-14, atol=1e-14)
     torch.testing.assert_close(var, x.var((0, 1), unbiased=False), rtol=1e-13, atol=0)
     assert not mean.requires_grad
     assert not var.requires_grad
-    _, mean, var = norm_op(*forward_args(CONFIGS["inference"]))
+    _, mean, var, _ = norm_op(*forward_args(CONFIGS["inference"]))
     assert mean.numel() == var.numel() == 0
 
 
@@ -205,7 +205,8 @@ def test_compile_in_one_graph(training: bool, dynamic: bool) -> None:
             y.square().sum().backward()
             outcomes.append([y.detach(), *running, *(leaf.grad for leaf in leaves)])
         for wanted, got in zip(*outcomes, strict=True):
-            torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
+            atol = 1e-6 * float(wanted.abs().max())  # terms of that size cancel in dx
+            torch.testing.assert_close(got, wanted, rtol=1e-6, atol=atol)
 
 
 def test_compile_dynamic_does_not_recompile() -> None:

@@ -23,6 +23,8 @@ from .pattern import DEFAULT, Bound, NormSpec, parse
 __all__ = ["activation_of", "batch_norm", "normalize"]
 
 _SPATIAL = parse("n c ... -> c")
+_OURS = ("cpu",)
+"""Devices on which 'auto' takes kernels of ours."""
 _SLOPES = {"none": 0.0, "relu": 0.0, "leaky_relu": 0.01, "relu6": 0.0, "silu": 0.0}
 
 
@@ -158,28 +160,31 @@ def normalize(
     _check_shapes(spec, bound, x, weight, bias, running_mean, running_var, residual)
     if from_batch:
         _check_count(spec, bound, tuple(x.shape))
-        torchs = _by_torch(x, spec, bound, weight, bias, eps) if backend == "auto" else None
-        if torchs is not None:
-            y = _after(torchs, act, residual).to(x.dtype)
-            return x.copy_(y) if inplace else y
     elif running_mean is None or running_var is None:
         raise ShapeError(
             f"'{spec}' in inference needs running_mean and running_var; pass training=True to use "
             "the statistics of the batch"
         )
+    remembered = (running_mean, running_var, training, momentum)
+    torchs = _by_torch(x, spec, bound, weight, bias, eps, *remembered, backend)
+    if torchs is not None:
+        y = _after(torchs, act, residual).to(x.dtype)
+        return x.copy_(y) if inplace else y
     used = (None, None) if from_batch else (running_mean, running_var)
     split = len(bound.shape) != x.dim()
     parts = x.reshape(bound.shape) if split else x
     if spec.affine_is_owners or (weight is None and bias is None):
         added = residual.reshape(bound.shape) if split and residual is not None else residual
         owned = (_per_owner(weight, bound), _per_owner(bias, bound))
-        y, mean, var = norm_op(
+        y, mean, var, _ = norm_op(
             parts, *owned, added, *used, bound.kept, eps, act.name, act.slope, backend
         )
         y = y.reshape(x.shape) if split else y
     else:
         wide = parts.to(torch.promote_types(x.dtype, torch.float32))
-        y, mean, var = norm_op(wide, None, None, None, *used, bound.kept, eps, "none", 0.0, backend)
+        y, mean, var, _ = norm_op(
+            wide, None, None, None, *used, bound.kept, eps, "none", 0.0, backend
+        )
         y = _scale_and_shift(y, bound, weight, bias).reshape(x.shape)
         y = _after(y, act, residual).to(x.dtype)
     if from_batch and x.numel() > 0:
@@ -228,12 +233,28 @@ def _after(y: Tensor, act: Activation, residual: Tensor | None) -> Tensor:
 
 
 def _by_torch(
-    x: Tensor, spec: NormSpec, bound: Bound, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    spec: NormSpec,
+    bound: Bound,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float | Tensor,
+    backend: str,
 ) -> Tensor | None:
-    """Torch's own layer, group or instance norm where that is what the pattern means, else None.
+    """Torch's own norm where that is what the pattern means and ours is no faster, else None.
 
-    Kernels for the norms that own the batch axis are torch's business, not ours.
+    Kernels for the norms that own the batch axis are torch's business, not ours, and batch norm is
+    where 'auto' takes none of ours.
     """
+    if backend != "auto" or (spec.averages_batch and x.device.type in _OURS):
+        return None
+    if spec.averages_batch:
+        remembered = (running_mean, running_var, training, momentum)
+        return _batch_norm_by_torch(x, spec, bound, weight, bias, eps, *remembered)
     owners = tuple(name for group in spec.owners for name in group)
     others, channel = spec.axes[1:], spec.axes[1:2]
     weightless = weight is None and bias is None
@@ -248,6 +269,34 @@ def _by_torch(
             (groups,) = spec.shape_of((names,), sizes)
             return F.group_norm(x, groups, weight, bias, eps)
     return None
+
+
+def _batch_norm_by_torch(
+    x: Tensor,
+    spec: NormSpec,
+    bound: Bound,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float | Tensor,
+) -> Tensor | None:
+    """Torch's own batch norm where the pattern means the spatial one and torch can, else None."""
+    vectors = [t for t in (weight, bias, running_mean, running_var) if t is not None]
+    if (
+        bound.kept != (1,)
+        or bound.shape != tuple(x.shape)
+        or not (spec.affine_is_owners or weight is bias is None)
+        or (running_mean is None) != (running_var is None)
+        or isinstance(momentum, Tensor)
+        or not (eps > 0 and x.numel())
+        or any(t.dtype not in (x.dtype, torch.float32) for t in vectors)
+        or len({t.dtype for t in vectors}) > 1
+    ):
+        return None
+    return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 def activation_of(activation: str | tuple[str, float] | None) -> Activation:

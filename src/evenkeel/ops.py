@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from .kernels.contract import Activation, Affine, Backend, accumulation_dtype
 from .kernels.select import choose, load
+from .kernels.triton import Triton
 from .view import View, logical_view, view_of
 
-__all__ = ["affine", "aligned", "dense", "norm_op"]
+__all__ = ["aligned", "dense", "norm_op", "stand_in"]
 
 
 @torch.library.custom_op("evenkeel::norm", mutates_args=())
@@ -35,25 +37,34 @@ def norm_op(
     activation: str,
     slope: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Normalizes x; returns y and, where ``mean`` is None, the batch's mean and biased variance.
 
     ``kept`` are the dimensions of x that own a statistic, ascending; weight, bias, mean and var
     have one value per owner in that order. With ``mean`` and ``var`` given those are used instead,
-    as constants, and the two returned statistics are empty.
+    as constants, and the two returned statistics are empty. The fourth result is what backward
+    takes in place of the residual, or empty.
     """
     x, view = dense(x, kept)
     verbs = _verbs(backend, view, x)
     act = Activation(activation, slope)
     added = None if residual is None else aligned(residual, x, view)
     if mean is not None and var is not None:
-        known = affine(view, x, weight, bias, mean, var, eps)
+        known = _affine(view, x, weight, bias, mean, var, eps)
         y = verbs.apply(x, view, known, act, added)
         nothing = y.new_empty(0, dtype=known.mean.dtype)
-        return _like(y, x), nothing, nothing.clone()
+        return _like(y, x), nothing, nothing.clone(), x.new_empty(0, dtype=torch.uint8)
     parameters = (_folded(weight, view, x), _folded(bias, view, x))
-    y, mean, var = verbs.forward_training(x, view, *parameters, eps, act, added)
-    return _like(y, x), view.unfold_vector(mean, x.shape), view.unfold_vector(var, x.shape)
+    size = _bits(x, residual, mean, kept, act, backend)
+    is_exact = 8 * size == x.numel()  # else some are left over, and results must be determined
+    bits = (x.new_empty if is_exact else x.new_zeros)(size, dtype=torch.uint8)
+    given = (x, view, *parameters, eps, act, added)
+    if bits.numel() == 0:
+        y, mean, var = verbs.forward_training(*given)
+    else:
+        y, mean, var = _triton(verbs).forward_training(*given, bits)
+    mean, var = view.unfold_vector(mean, x.shape), view.unfold_vector(var, x.shape)
+    return _like(y, x), mean, var, bits
 
 
 @norm_op.register_fake
@@ -69,10 +80,41 @@ def _norm_fake(
     activation: str,
     slope: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = [x.shape[d] for d in kept] if mean is None else [0]
     dtype = accumulation_dtype(x.dtype, x.device)
-    return torch.empty_like(x), x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
+    bits = _bits(x, residual, mean, kept, Activation(activation, slope), backend)
+    return (
+        torch.empty_like(x),
+        x.new_empty(shape, dtype=dtype),
+        x.new_empty(shape, dtype=dtype),
+        x.new_empty(bits, dtype=torch.uint8),
+    )
+
+
+def _bits(
+    x: Tensor,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    kept: Sequence[int],
+    act: Activation,
+    backend: str,
+) -> int:
+    """How many bytes for bits that are kept in place of the residual; 0 where that is kept itself.
+
+    It must be known of a fake tensor, whose sizes may be symbols and whose layout is not asked:
+    enough for rows and for columns, which with one dimension that owns is not much more than one
+    of them takes.
+    """
+    if residual is None or mean is not None or not act.has_bit or backend != "triton":
+        return 0
+    if len(kept) != 1:
+        return 0
+    owners, count = x.shape[kept[0]], prod(s for d, s in enumerate(x.shape) if d != kept[0])
+    size: int = torch.sym_max(  # type: ignore[no-untyped-call]
+        owners * ((count + 7) // 8), count * ((owners + 7) // 8)
+    )
+    return size
 
 
 @torch.library.custom_op("evenkeel::norm_backward", mutates_args=())
@@ -82,6 +124,7 @@ def norm_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
+    bits: Tensor | None,
     mean: Tensor,
     var: Tensor,
     from_batch: bool,
@@ -93,15 +136,20 @@ def norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, weight, bias and residual; empty for what is None. Updates nothing.
 
-    ``from_batch`` says that mean and var were computed from x, and so depend on it.
+    ``bits`` are what the forward returned in place of the residual, if anything. ``from_batch``
+    says that mean and var were computed from x, and so depend on it.
     """
     x, view = dense(x, kept)
-    known = affine(view, x, weight, bias, mean, var, eps)
+    known = _affine(view, x, weight, bias, mean, var, eps)
     act = Activation(activation, slope)
     verbs = _verbs(backend, view, x)
     dy = aligned(dy, x, view)
     added = None if residual is None else aligned(residual, x, view)
-    dx, dresidual, sums = verbs.backward(dy, x, view, known, act, added, from_batch)
+    given = (dy, x, view, known, act, added, from_batch)
+    if bits is None:
+        dx, dresidual, sums = verbs.backward(*given)
+    else:
+        dx, dresidual, sums = _triton(verbs).backward(*given, bits)
     if dresidual is not None and act.name == "none":
         dresidual = dresidual.clone()  # it may be dy itself, and an op must not return its input
     return (
@@ -119,6 +167,7 @@ def _norm_backward_fake(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
+    bits: Tensor | None,
     mean: Tensor,
     var: Tensor,
     from_batch: bool,
@@ -133,7 +182,9 @@ def _norm_backward_fake(
         torch.empty_like(x),
         x.new_empty(0) if weight is None else weight.new_empty(shape),
         x.new_empty(0) if bias is None else bias.new_empty(shape),
-        x.new_empty(0) if residual is None else torch.empty_like(x, dtype=residual.dtype),
+        x.new_empty(0)
+        if residual is bits is None
+        else torch.empty_like(x, dtype=None if residual is None else residual.dtype),
     )
 
 
@@ -142,25 +193,27 @@ def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, residual, mean, var, *ctx.rest = inputs
     ctx.from_batch = mean is None
     if mean is None:
-        mean, var = output[1:]
+        mean, var = output[1:3]
     ctx.mark_non_differentiable(*output[1:])
     ctx.residual_dtype = None if residual is None else residual.dtype
     # Without an activation the residual's gradient is dy itself, and its value is not needed.
     ctx.is_linear = ctx.rest[2] == "none"
-    needed = None if ctx.is_linear else residual
-    ctx.save_for_backward(x, weight, bias, needed, mean, var)
+    needed: tuple[Tensor | None, Tensor | None] = (None if ctx.is_linear else residual, None)
+    if _bits(x, residual, inputs[4], ctx.rest[0], Activation(*ctx.rest[2:4]), ctx.rest[4]):
+        needed = (None, output[3])
+    ctx.save_for_backward(x, weight, bias, *needed, mean, var)
 
 
 def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     """The gradient of each input of `norm_op`, None for what has none."""
-    x, weight, bias, residual, mean, var = ctx.saved_tensors
+    x, weight, bias, residual, bits, mean, var = ctx.saved_tensors
     dx, dweight, dbias, dresidual = torch.ops.evenkeel.norm_backward(
-        dy, x, weight, bias, residual, mean, var, ctx.from_batch, *ctx.rest
+        dy, x, weight, bias, residual, bits, mean, var, ctx.from_batch, *ctx.rest
     )
     if ctx.residual_dtype is None:
         dresidual = None
-    elif ctx.is_linear:
-        dresidual = dy.to(ctx.residual_dtype)
+    else:
+        dresidual = (dy if ctx.is_linear else dresidual).to(ctx.residual_dtype)
     return (
         dx,
         None if weight is None else dweight,
@@ -181,7 +234,12 @@ def _keep_for_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 
 def _second_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     """The derivative of the backward: differentiate the reference forward twice."""
-    *given, mean, var = ctx.saved_tensors
+    *given, bits, mean, var = ctx.saved_tensors
+    if bits is not None:
+        _, x, weight, bias, _ = given
+        x, view = dense(x, ctx.kept)
+        through = _triton(load("triton")).through(x, view, bits)
+        given[4] = stand_in(x, view, weight, bias, mean, var, ctx.eps, through)
     create = torch.is_grad_enabled()
     with torch.enable_grad():
         given = [None if t is None else _fresh(t, create) for t in given]
@@ -191,7 +249,7 @@ def _second_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None
             n, mean, m2 = verbs.stats(x, view)
             var = m2 / max(n, 1)
         y = verbs.apply(
-            x, view, affine(view, x, weight, bias, mean, var, ctx.eps), ctx.act, residual
+            x, view, _affine(view, x, weight, bias, mean, var, ctx.eps), ctx.act, residual
         )
         sources = [t for t in given if t is not None]
         first = iter(torch.autograd.grad(y, sources[1:], dy, create_graph=True))
@@ -210,7 +268,8 @@ def _second_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None
                 allow_unused=True,
             )
         )
-    return (*[None if t is None else next(second) for t in given], *[None] * 8)
+    found = [None if t is None else next(second) for t in given]
+    return (*found[:4], found[4] if bits is None else None, *[None] * 9)
 
 
 def _fresh(t: Tensor, create: bool) -> Tensor:
@@ -223,6 +282,29 @@ torch.library.register_autograd(
 )
 
 
+def stand_in(
+    x: Tensor,
+    view: View,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    through: Tensor,
+) -> Tensor:
+    """A residual that decides every gradient as the one did of which only bits were kept.
+
+    It makes 1 of the value before the activation where ``through`` is 1, and -1 where it is 0.
+    Where an activation is decided by one bit, nothing but the decision depends on the residual.
+    It has the precision of statistics: in that of x, large values would hide the 1.
+    """
+    with torch.no_grad():
+        wide = x.to(accumulation_dtype(x.dtype, x.device))
+        known = _affine(view, wide, weight, bias, mean, var, eps)
+        normalized = load("reference").apply(wide, view, known, Activation(), None)
+        return 2 * through - 1 - normalized
+
+
 def _folded(vector: Tensor | None, view: View, x: Tensor) -> Tensor | None:
     """A per-owner vector in memory order and in the accumulation dtype."""
     if vector is None:
@@ -231,7 +313,7 @@ def _folded(vector: Tensor | None, view: View, x: Tensor) -> Tensor | None:
     return view.fold_vector(wide, x.shape)
 
 
-def affine(
+def _affine(
     view: View,
     x: Tensor,
     weight: Tensor | None,
@@ -254,6 +336,12 @@ def _owned(vector: Tensor, view: View, x: Tensor, parameter: Tensor | None) -> T
     if parameter is None:
         return x.new_empty(0)
     return view.unfold_vector(vector, x.shape).to(parameter.dtype)
+
+
+def _triton(verbs: Backend) -> Triton:
+    """The one backend that keeps bits for the op."""
+    assert isinstance(verbs, Triton)  # noqa: S101 - asked for by name
+    return verbs
 
 
 def _verbs(wish: str, view: View, x: Tensor) -> Backend:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ import torch
 from evenkeel import normalize
 from evenkeel.direct import gpu
 from evenkeel.errors import ShapeError
+from evenkeel.ops import norm_op
 
 from .test_triton import WAYS, _fast, planning  # noqa: F401 - loads the kernels, interpreted
 
@@ -105,17 +106,17 @@ KEPT = {
     "8 channels": ((3, 8, 3, 5), NHWC, 45),
     "40 channels": ((2, 40, 2, 3), NHWC, 60),
     "128 channels": ((2, 128, 1, 5), NHWC, 160),
-    "9 channels": ((3, 9, 3, 5), NHWC, None),
+    "9 channels": ((3, 9, 3, 5), NHWC, 90),
+    "3 channels": ((3, 3, 3, 5), NHWC, 45),
+    "one channel": ((3, 1, 3, 5), NHWC, 6),
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("shape", "layout", "size"), KEPT.values(), ids=KEPT)
-def test_behind_a_sum_a_bit_for_each_value_is_kept(shape, layout, size, way, monkeypatch) -> None:
-    """In place of the residual, where bits make whole bytes; it decides what the residual did."""
-    gpu._plan.cache_clear()
-    limits = dataclasses.replace(WAYS[way], line=max(32, WAYS[way].line))
-    monkeypatch.setattr(planning, "LIMITS", limits)
+def test_behind_a_sum_a_bit_for_each_value_is_kept(shape, layout, size, way, divided) -> None:
+    """In place of the residual, whose decisions it has."""
+    divided(way)
     for place, (act, training) in enumerate(itertools.product(ACTS[1:4], [True, False])):
         given, dy, running = tensors(shape, layout, F32, PATTERNS[0], seed=place)
         residual = given[3]
@@ -123,11 +124,8 @@ def test_behind_a_sum_a_bit_for_each_value_is_kept(shape, layout, size, way, mon
             residual.mul_(4)  # so that bits and signs of x have little in common
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: None):
-            normalize(*given[:1], PATTERNS[0], residual=residual, activation=act, backend="triton")
-        assert any(t is residual for t in kept) is (size is None)
-        assert [t.numel() for t in kept if t is not None and t.dtype == torch.uint8] == (
-            [] if size is None else [size]
-        )
+            normalize(given[0], PATTERNS[0], residual=residual, activation=act, backend="triton")
+        assert [(t.dtype, t.numel()) for t in kept if t is not given[0]] == [(torch.uint8, size)]
         found = [
             run(name, dtype, given, dy, running, PATTERNS[0], act, True, training)
             for name, dtype in (("triton", F32), ("reference", torch.float64))
@@ -162,6 +160,42 @@ def test_a_second_derivative_is_the_ops(act, ways) -> None:
     for got, wanted in zip(*found, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
     assert len(ways) == 1
+
+
+@pytest.mark.parametrize("layout", [NCHW, NHWC])
+@pytest.mark.parametrize("act", ["relu", ("leaky_relu", 0.3), "relu6", "silu"])
+def test_the_op_keeps_bits_too(act, layout, ways) -> None:
+    """In a compiled graph, of sizes that are known and of such that are not; twice derived too."""
+    given, dy, _ = tensors((4, 9, 3, 4), layout, F32, PATTERNS[0])
+    has_bits = act != "silu"
+
+    def step(x, weight, bias, residual, backend="triton"):
+        options = {"weight": weight, "bias": bias, "residual": residual}
+        return normalize(x, PATTERNS[0], **options, activation=act, backend=backend)
+
+    wanted = torch.autograd.grad(step(*given, backend="reference"), given, dy)
+    for dynamic in (False, True):
+        torch._dynamo.reset()
+        kept = []
+        keep = partial(lambda kept, t: kept.append(t) or t, kept)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            y = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic)(*given)
+        assert any(t.dtype == torch.uint8 for t in kept) is has_bits
+        assert any(t.data_ptr() == given[3].data_ptr() for t in kept) is not has_bits
+        for got, right in zip(torch.autograd.grad(y, given, dy), wanted, strict=True):
+            torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-5)
+    assert not ways
+    name, slope = act if isinstance(act, tuple) else (act, 0.0)
+    x, weight, bias, residual = given
+    arguments = (x, weight, bias, residual, None, None, [1], 1e-5, name, slope, "triton")
+    torch.library.opcheck(norm_op, arguments)
+    second = []
+    for backend in ("triton", "reference"):
+        y = norm_op(*arguments[:-1], backend)[0]
+        first = torch.autograd.grad(y, given, dy, create_graph=True)
+        second.append(torch.autograd.grad(sum(t.square().sum() for t in first), (x, weight)))
+    for got, right in zip(*second, strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_of_some_alone(ways) -> None:

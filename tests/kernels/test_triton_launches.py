@@ -15,7 +15,6 @@ if torch.cuda.is_available():
 
 from triton.runtime.driver import driver as active
 
-from evenkeel.direct.plain import BITS
 from evenkeel.kernels.contract import Activation, Affine, Sums
 from evenkeel.view import view_of
 
@@ -77,7 +76,7 @@ class Norm:
         view = view_of(self.x.shape, self.x.stride(), (1,))
         self.vectors = [torch.zeros(view.kept_sizes) for _ in range(8)]
         self.plan, self.walk = (planning.plan(view, dtype.itemsize, k) for k in (True, False))
-        has_bits = adds and act in BITS
+        has_bits = adds and self.act.has_bit
         self.bits = torch.empty(self.plan.bits, dtype=torch.uint8) if has_bits else None
 
     def __call__(self) -> None:

@@ -16,10 +16,10 @@ from .. import recompute
 from ..kernels.contract import Activation
 from ..kernels.native import ACTS, BOTH, FEW, MAP, REDUCE, TYPES, Native
 from ..kernels.select import choose, load
-from ..ops import aligned
+from ..ops import aligned, stand_in
 from ..pattern import NormSpec, parse
 from ..view import View
-from .plain import BITS, is_like, is_plain, seen, stand_in, wants_gradients
+from .plain import is_like, is_plain, seen, wants_gradients
 
 __all__ = ["batch_norm", "kernels", "kind_of"]
 
@@ -197,7 +197,7 @@ class _Fused(torch.autograd.Function):
         ctx.adds = residual is not None
         kept = None if call.act.name == "none" else residual
         mask = None
-        if kept is not None and call.act.name in BITS:
+        if kept is not None and call.act.has_bit:
             size = kernels().mask_bytes(*call.plan.kind)
             mask = kept = torch.empty(size, dtype=torch.uint8, device="cpu")
         y = _forward(x, weight, bias, residual, call, mask, *running)
@@ -214,7 +214,7 @@ class _Fused(torch.autograd.Function):
         if dy.dtype != x.dtype:
             dy = dy.to(x.dtype)
         dy = aligned(dy, x, plan.view)
-        mask = kept if ctx.adds and act.name in BITS else None
+        mask = kept if ctx.adds and act.has_bit else None
         maps = wants_x or (wants_residual and kept is not None)
         dx = torch.empty_like(x) if maps else None
         dweight = torch.empty_like(weight) if wants_weight else None
@@ -241,11 +241,11 @@ def _by_op(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, kept = ctx.saved_tensors
     plan, act, eps, from_batch, (mean, _, var) = ctx.call
     residual = kept
-    if ctx.adds and act.name in BITS:
+    if ctx.adds and act.has_bit:
         through = _through(x, ctx.call, kept)
         residual = stand_in(x, plan.view, weight, bias, mean, var, eps, through)
     dx, dweight, dbias, dresidual = torch.ops.evenkeel.norm_backward(
-        *(dy, x, weight, bias, residual, mean, var, from_batch),
+        *(dy, x, weight, bias, residual, None, mean, var, from_batch),
         *(plan.kept, eps, act.name, act.slope, "auto"),
     )
     return (

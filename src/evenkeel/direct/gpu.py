@@ -2,8 +2,8 @@
 
 They move the running statistics too, so that a norm in training is one or two launches forward and
 one or two backward, three where an owner is divided among very many programs. Behind a residual
-add they keep one bit for each value in place of the residual, where those make whole bytes. In
-Triton's interpreter the same way leads to the CPU.
+add they keep one bit for each value in place of the residual. In Triton's interpreter the same way
+leads to the CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..kernels.triton import Plan, Triton, plan_of
 from ..ops import aligned
 from ..pattern import NormSpec
 from ..view import View
-from .plain import BITS, is_like, is_plain, seen, stand_in, wants_gradients
+from .plain import is_like, is_plain, seen, wants_gradients
 
 __all__ = ["batch_norm"]
 
@@ -163,9 +163,9 @@ class _Fused(torch.autograd.Function):
         running: tuple[Tensor | None, Tensor | None, float],
     ) -> Tensor:
         kept = None if call.act.name == "none" else residual
-        bits, size = None, call.plan.division.bits
-        if kept is not None and call.act.name in BITS and size:
-            bits = kept = x.new_empty(size, dtype=torch.uint8)
+        bits = None
+        if kept is not None and call.act.has_bit:
+            bits = kept = x.new_empty(call.plan.division.bits, dtype=torch.uint8)
         y, mean, invstd = _forward(x, weight, bias, residual, call, bits, *running)
         if mean is None:  # running statistics, which may have moved before backward
             mean, var = (_copy(t, call.plan.vector) for t in running[:2])
@@ -184,16 +184,10 @@ class _Fused(torch.autograd.Function):
         dresidual: Tensor | None
         if torch.is_grad_enabled():  # a second derivative is wanted, which the op has
             var = invstd.square().reciprocal() - eps  # to which eps will be added again
-            if bits is not None:
-                residual = stand_in(
-                    *(x, plan.view, weight, bias, mean, var, eps),
-                    _through(x, plan, bits, Affine(mean, invstd)),
-                )
             dx, dweight, dbias, dresidual = torch.ops.evenkeel.norm_backward(
-                *(dy, x, weight, bias, residual, mean, var, from_batch),
+                *(dy, x, weight, bias, residual, bits, mean, var, from_batch),
                 *(plan.kept, eps, act.name, act.slope, "triton"),
             )
-            dresidual = _as(x, dresidual)
         else:
             verbs = plan.verbs
             dy = aligned(_as(x, dy), x, plan.view)
@@ -212,16 +206,6 @@ class _Fused(torch.autograd.Function):
             (dy if kept is None else dresidual) if ctx.adds else None,
             *(None, None),
         )
-
-
-def _through(x: Tensor, plan: _Plan, bits: Tensor, known: Affine) -> Tensor:
-    """What a gradient of ones is behind the bits: 1 where one is set, else 0."""
-    like, sums = plan.verbs.like, Sums(*(torch.empty_like(plan.vector) for _ in range(2)))
-    given, dx, through = torch.ones_like(x), like(x), like(x)
-    plan.verbs.calls.backward(
-        given, x, plan.division, None, dx, through, known, sums, Activation("relu"), False, bits
-    )
-    return through
 
 
 def _copy(t: Tensor | None, like: Tensor) -> Tensor:

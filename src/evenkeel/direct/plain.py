@@ -8,19 +8,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..kernels.contract import Activation, accumulation_dtype
-from ..kernels.select import load
-from ..ops import affine
 from ..pattern import Bound, NormSpec
 from ..view import View, view_of
 
-__all__ = ["BITS", "PLAIN", "is_like", "is_plain", "seen", "stand_in", "wants_gradients"]
+__all__ = ["PLAIN", "is_like", "is_plain", "seen", "wants_gradients"]
 
 PLAIN = (Tensor, torch.nn.Parameter)
 """Classes whose operations are torch's own; a subclass may want to see them."""
-
-BITS = ("relu", "leaky_relu", "relu6")
-"""Activations whose gradient one bit decides: behind a residual add it is kept in place of that."""
 
 _is_left_over: Any = torch._C._functorch.is_dead_tensor_wrapper  # type: ignore[attr-defined]
 """True for what outlived its transform of torch.func: torch hides where its values are."""
@@ -79,26 +73,3 @@ def seen(
     if view is None or bound.shape != tuple(shape) or bound.count < least:
         return None
     return (bound, view) if view.kept == tuple(sorted(view.kept)) else None
-
-
-def stand_in(
-    x: Tensor,
-    view: View,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    through: Tensor,
-) -> Tensor:
-    """A residual that decides every gradient as the one did of which only the bits were kept.
-
-    It makes 1 of the value before the activation where ``through`` is 1, and -1 where it is 0.
-    Where an activation is decided by one bit, nothing but the decision depends on the residual.
-    It has the precision of statistics: in that of x, large values would hide the 1.
-    """
-    with torch.no_grad():
-        wide = x.to(accumulation_dtype(x.dtype, x.device))
-        known = affine(view, wide, weight, bias, mean, var, eps)
-        normalized = load("reference").apply(wide, view, known, Activation(), None)
-        return 2 * through - 1 - normalized

@@ -55,6 +55,11 @@ class Activation(NamedTuple):
     name: str = "none"
     slope: float = 0.0
 
+    @property
+    def has_bit(self) -> bool:
+        """True if one bit for each value decides its gradient: dy, or one other multiple of it."""
+        return self.name in ("relu", "leaky_relu", "relu6")
+
 
 class Sums(NamedTuple):
     """Per owner, ``dz`` being the gradient before the activation: sum(dz) and sum(dz * xhat)."""

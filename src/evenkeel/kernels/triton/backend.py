@@ -128,13 +128,18 @@ class Triton(Composite):
         eps: float,
         act: Activation,
         residual: Tensor | None,
+        bits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """As the contract has it; and a bit for each value into ``bits``, see `Calls.train`.
+
+        Those may be more bytes than are needed.
+        """
         if x.numel() == 0:
             return super().forward_training(x, view, weight, bias, eps, act, residual)
         p, y = plan_of(view, x.itemsize), self.like(x)
         mean, var, invstd = _vectors(x, view, 3)
         statistics, own = (mean, var, invstd, None, None), (_whole(weight), _whole(bias))
-        self.calls.train(x, p, residual, y, statistics, own, eps, 0.0, act)
+        self.calls.train(x, p, residual, y, statistics, own, eps, 0.0, act, bits)
         return y.to(x.dtype), mean, var
 
     def backward(
@@ -146,15 +151,26 @@ class Triton(Composite):
         act: Activation,
         residual: Tensor | None,
         from_batch: bool,
+        bits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Sums]:
+        """As the contract has it; or with the ``bits`` of the forward in the residual's place."""
         if x.numel() == 0:
             return super().backward(dy, x, view, affine, act, residual, from_batch)
+        added = residual if bits is None else x
         p = plan_of(view, x.itemsize)
-        dx, dresidual = self.like(x), self.dresidual(residual, act)
+        dx, dresidual = self.like(x), self.dresidual(added, act)
         sums = Sums(*_vectors(x, view, 2))
         known = _flat(affine)
-        self.calls.backward(dy, x, p, residual, dx, dresidual, known, sums, act, from_batch)
-        return dx.to(x.dtype), _passed_on(residual, dresidual, dy), sums
+        self.calls.backward(dy, x, p, residual, dx, dresidual, known, sums, act, from_batch, bits)
+        return dx.to(x.dtype), _passed_on(added, dresidual, dy), sums
+
+    def through(self, x: Tensor, view: View, bits: Tensor) -> Tensor:
+        """1 where a bit is set, else 0: what a gradient of ones is behind them."""
+        mean, invstd = _vectors(x, view, 2)
+        given = (torch.ones_like(x), x, view, Affine(mean, invstd), Activation("relu"), None)
+        through = self.backward(*given, False, bits)[1]
+        assert through is not None  # noqa: S101 - there are bits
+        return through
 
     def like(self, t: Tensor) -> Tensor:
         """Memory for a result. The interpreter rounds to bfloat16 towards zero, so torch must."""

@@ -92,13 +92,10 @@ class Plan:
 
     @cached_property
     def bits(self) -> int:
-        """Bytes that a bit for each value takes: whole ones for each owner, or for each step.
-
-        Zero where a step's values are no whole bytes, and most of one would be lost.
-        """
-        across, _, _, block, *_, length, _ = self.sizes
+        """Bytes that a bit for each value takes: whole ones for each owner, or for each step."""
+        across, run, *_, length, _ = self.sizes
         if self.columns:
-            return self.groups // across * block if self.unit == 8 <= self.b else 0
+            return self.groups // across * length * -(-run * self.unit // 8)
         return self.owners * -(-length * self.b // 8)
 
     @cached_property
@@ -129,7 +126,7 @@ def plan(view: View, itemsize: int, keeps: bool = False, limits: Limits = LIMITS
     unit = gcd(width, 8)
     run = width // unit
     if columns:
-        b = min(_power(k2), max(1, limits.line // itemsize))
+        b = min(_power(k2), max(8, limits.line // itemsize))  # whole bytes of bits
         across, jump, length = -(-k2 // b), run, r1
     else:
         b = unit

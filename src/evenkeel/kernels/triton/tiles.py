@@ -57,8 +57,43 @@ def tile(
 def pivot_of(x, base, lanes, exist, UNIT: tl.constexpr, COLUMNS: tl.constexpr):
     """Each owner's first value, or zero where that is not finite."""
     places = base * UNIT + lanes if COLUMNS else base * UNIT
-    first = tl.load(x + places, exist, 0).to(tl.float32)
-    return tl.where(tl.abs(first) < float("inf"), first, 0.0)
+    return finite(tl.load(x + places, exist, 0).to(tl.float32))
+
+
+@triton.jit
+def finite(values):
+    """Zero for what is not finite."""
+    return tl.where(tl.abs(values) < float("inf"), values, 0.0)
+
+
+@triton.jit
+def sums_about(
+    x, pivot, mean, m2, step, stop, base, lanes, run, jump, magic, shift,
+    COLUMNS: tl.constexpr, A: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
+    TILES: tl.constexpr, PARTLY: tl.constexpr,
+):  # fmt: skip
+    """Of ``TILES`` tiles, each lane's sum about its ``mean``, and ``m2`` with the squares added.
+
+    The mean is about the pivot, or a float32 would lose what is small beside it. Values of 16 bits
+    have nothing that is so small. Without ``PARTLY`` all steps exist.
+    """
+    exact: tl.constexpr = x.dtype.element_ty == tl.float32
+    beside = tl.full(m2.shape, 0, tl.float32)
+    for number in tl.static_range(TILES):
+        at = step + number * A
+        places, exist = tile(at, stop, base, lanes, run, jump, magic, shift, COLUMNS, A, UNIT, WIDE)
+        if PARTLY:
+            value = tl.load(x + places, exist, 0).to(tl.float32)
+        elif COLUMNS:
+            value = tl.load(x + places, lanes < run * UNIT, 0).to(tl.float32)
+        else:
+            value = tl.load(x + places).to(tl.float32)
+        centred = value - pivot - mean if exact else value - (pivot + mean)
+        if PARTLY:
+            centred = tl.where(exist, centred, 0)
+        beside += centred
+        m2 += centred * centred
+    return beside, m2
 
 
 @triton.jit
@@ -113,57 +148,67 @@ def passing(z, ACT: tl.constexpr):
 
 
 @triton.jit
-def first_byte(group, base, length, COLUMNS: tl.constexpr, B: tl.constexpr, WIDE: tl.constexpr):
-    """Where a program's bits begin: in rows every owner has whole bytes, in columns every step."""
+def first_byte(
+    group, across, run, length,
+    COLUMNS: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Where the bits of a program's owner begin, or in columns those of its first step."""
+    outer = group // across if COLUMNS else group
+    far = outer.to(tl.int64) if WIDE else outer
     if COLUMNS:
-        return base
+        return far * length * ((run * UNIT + 7) // 8) + group % across * ((B + 7) // 8)
     else:
-        far = group.to(tl.int64) if WIDE else group
         return far * ((length * B + 7) // 8)
 
 
 @triton.jit
 def bytes_of(
-    step, stop, first, group, across, run, jump,
-    A: tl.constexpr, B: tl.constexpr, WIDE: tl.constexpr,
+    step, stop, first, group, across, run,
+    A: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """In columns, where the bytes of the steps' bits lie, and which of them exist."""
+    size: tl.constexpr = (B + 7) // 8
+    row = (run * UNIT + 7) // 8
     steps = step + tl.arange(0, A)[:, None]
-    units = group % across * (B // 8) + tl.arange(0, B // 8)[None, :]
+    near = tl.arange(0, size)[None, :]
     far = steps.to(tl.int64) if WIDE else steps
-    return first + far * jump + units, (steps < stop) & (units < run)
+    return first + far * row + near, (steps < stop) & (group % across * size + near < row)
 
 
 @triton.jit
 def store_bits(
-    pointer, z, step, stop, first, group, across, run, jump,
-    COLUMNS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, WIDE: tl.constexpr, ACT: tl.constexpr,
+    pointer, z, step, stop, first, group, across, run,
+    COLUMNS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
+    ACT: tl.constexpr,
 ):  # fmt: skip
     """A bit for each value of the tile, set where the gradient passes."""
     bits = passing(z, ACT)
     if COLUMNS:
-        places, exist = bytes_of(step, stop, first, group, across, run, jump, A, B, WIDE)
-        shifts = tl.arange(0, 8)[None, None, :]
-        packed = tl.reduce(tl.reshape(bits, (A, B // 8, 8)) << shifts, 2, _add)
+        lanes: tl.constexpr = 8 if B >= 8 else B
+        places, exist = bytes_of(step, stop, first, group, across, run, A, B, UNIT, WIDE)
+        apart = tl.reshape(bits, (A, B // lanes, lanes))
+        packed = tl.reduce(apart << tl.arange(0, lanes)[None, None, :], 2, _add)
     else:
         near = tl.arange(0, A * B // 8)
         places, exist = first + step * B // 8 + near, near * 8 < (stop - step) * B
-        packed = tl.reduce(tl.reshape(bits, (A * B // 8, 8)) << tl.arange(0, 8)[None, :], 1, _add)
+        apart = tl.reshape(bits, (A * B // 8, 8))
+        packed = tl.reduce(apart << tl.arange(0, 8)[None, :], 1, _add)
     tl.store(pointer + places, packed.to(tl.uint8), exist)
 
 
 @triton.jit
 def load_bits(
-    pointer, step, stop, first, group, across, run, jump, lanes,
-    COLUMNS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, WIDE: tl.constexpr,
+    pointer, step, stop, first, group, across, run, lanes,
+    COLUMNS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """What `store_bits` has stored, or None if there are none."""
     if pointer is None:
         return None
     elif COLUMNS:
-        places, exist = bytes_of(step, stop, first, group, across, run, jump, A, B, WIDE)
+        places, exist = bytes_of(step, stop, first, group, across, run, A, B, UNIT, WIDE)
         packed = tl.load(pointer + places, exist, 0).to(tl.int32)
-        return tl.reshape(packed[:, :, None] >> tl.arange(0, 8)[None, None, :] & 1, (A, B))
+        shifts = tl.arange(0, 8 if B >= 8 else B)[None, None, :]
+        return tl.reshape(packed[:, :, None] >> shifts & 1, (A, B))
     else:
         steps = step + tl.arange(0, A)[:, None]
         packed = tl.load(pointer + first + steps * B // 8, steps < stop, 0).to(tl.int32)
@@ -183,7 +228,7 @@ def before_activation(centred, scale, bias, residual, places, exist):
 def gradient_before(
     dy, centred, scale, offset, residual, bits, slope, places, exist, ACT: tl.constexpr
 ):
-    """The gradient before the activation, by ``bits`` if there are any; zero where no value is."""
+    """The gradient before the activation, by ``bits`` if there are any; 0 where no value is."""
     given = tl.load(dy + places, exist, 0).to(tl.float32)
     if ACT == "none":
         return given
@@ -191,7 +236,7 @@ def gradient_before(
         return tl.where(bits != 0, given, given * slope if ACT == "leaky_relu" else 0.0)
     else:
         z = before_activation(centred, scale, offset, residual, places, exist)
-        return tl.where(exist, activation_gradient(given, z, slope, ACT), 0)
+        return activation_gradient(given, z, slope, ACT)
 
 
 @triton.jit
