@@ -73,7 +73,10 @@ struct Team {
 void member(void* data) {
   const Team& team = *static_cast<Team*>(data);
   const OpenMP& omp = openmp();
-  for (Index task = omp.thread(); task < team.tasks; task += omp.team()) (*team.body)(task);
+  // Neighbours to one thread: what the processor fetches ahead, beyond the end of a task, is then not
+  // what another thread is about to write.
+  const Index member = omp.thread(), all = omp.team();
+  for (Index i = team.tasks * member / all; i < team.tasks * (member + 1) / all; ++i) (*team.body)(i);
 }
 
 }  // namespace

@@ -41,6 +41,7 @@ SHAPES = {
     "prime sizes": ("n c h w -> c", (5, 13, 31, 29)),
     "vectors of eight": ("n c h w -> c", (6, 24, 16, 16)),
     "7 x 7": ("n c h w -> c", (64, 40, 7, 7)),
+    "14 x 14": ("n c h w -> c", (16, 72, 14, 14)),
     "few channels": ("n c h w -> c", (8, 3, 97, 101)),
     "per activation": ("n c h w -> c h w", (33, 5, 7, 11)),
     "per location": ("n c h w -> h w", (9, 5, 17, 8)),
@@ -106,6 +107,12 @@ def test_triton_beyond_two_to_the_31_values(layout):
     for image, value in ((0, 3), (1, 0), (-1, -5)):
         wanted = torch.full_like(y[image], (value - mean) * scale)
         torch.testing.assert_close(y[image], wanted, rtol=1e-2, atol=1e-2)
+    residual = torch.zeros_like(x).requires_grad_()
+    options = {"residual": residual, "activation": "relu", "backend": "triton"}
+    y = normalize(x, "n c h w -> c", **options)
+    y.backward(torch.ones_like(y))  # by the bits that are kept
+    for image, passes in ((0, 1), (1, 1), (-1, 0)):
+        assert bool((residual.grad[image] == passes).all())
 
 
 def test_triton_is_taken_where_it_runs():
@@ -142,7 +149,7 @@ def test_triton_from_slices_of_a_larger_buffer():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_triton_inside_a_compiled_graph(layout):
-    """Between a convolution and a sum, in bfloat16 under autocast, forward and backward."""
+    """Between a convolution and sums, in bfloat16 under autocast, forward and backward."""
 
     class Net(torch.nn.Module):
         def __init__(self):
@@ -151,7 +158,8 @@ def test_triton_inside_a_compiled_graph(layout):
             self.norm.backend, self.norm.activation = "triton", "relu"
 
         def forward(self, x):
-            return self.norm(self.conv(x)) + 1
+            x = self.conv(x)
+            return self.norm(x, x / 2) + 1
 
     torch.manual_seed(0)
     net = Net().cuda().to(memory_format=layout)
