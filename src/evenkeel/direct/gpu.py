@@ -139,8 +139,8 @@ def _forward(
         statistics = (mean, None, invstd, running_mean, running_var)
         verbs.calls.train(x, plan.division, residual, y, statistics, own, eps, momentum, act, bits)
         return _as(x, y), mean, invstd
-    p = plan.walk if bits is None else plan.division
-    verbs.calls.map(x, p, residual, y, running_mean, running_var, None, own, eps, act, bits)
+    known = (running_mean, running_var, None)
+    verbs.calls.map(x, plan.walk, residual, y, *known, own, eps, act, bits)
     return _as(x, y), None, None
 
 

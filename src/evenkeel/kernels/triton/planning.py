@@ -92,7 +92,10 @@ class Plan:
 
     @cached_property
     def bits(self) -> int:
-        """Bytes that a bit for each value takes: whole ones for each owner, or for each step."""
+        """Bytes that a bit for each value takes: whole ones for each owner, or for each step.
+
+        Where each lies depends on the layout alone, not on how the work is divided.
+        """
         across, run, *_, length, _ = self.sizes
         if self.columns:
             return self.groups // across * length * -(-run * self.unit // 8)

@@ -96,7 +96,7 @@ def _norm_in_torch(
     activation: str,
     slope: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `evenkeel.ops.norm_op` computes, of torch's operations, for who has no evenkeel."""
     shape = [size if dim in kept else 1 for dim, size in enumerate(x.shape)]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -108,7 +108,8 @@ def _norm_in_torch(
     y = y if weight is None else y * weight.reshape(shape)
     y = y if bias is None else y + bias.reshape(shape)
     y = y if residual is None else y + residual
-    return activate(y, Activation(activation, slope)).to(x.dtype), mean, var
+    y = activate(y, Activation(activation, slope)).to(x.dtype)
+    return y, mean, var, x.new_empty(0, dtype=torch.uint8)
 
 
 def write_pt2(program: torch.export.ExportedProgram, part: Path, said: str) -> Run:
