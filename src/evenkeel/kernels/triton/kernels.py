@@ -36,7 +36,6 @@ from .tiles import (
     finite,
     first_byte,
     gradient_before,
-    load_bits,
     merged_moments,
     owners_of,
     pivot_of,
@@ -251,12 +250,10 @@ def backward_reduce(
             step, stop, base, lanes, run, jump, magic, shift, COLUMNS, A, UNIT, WIDE
         )
         centred = tl.load(x + places, exist, 0).to(tl.float32) - centre
-        passed = load_bits(
-            bits, step, stop, first, group, across, run, lanes, COLUMNS, A, B, UNIT, WIDE
-        )
         dz = gradient_before(
-            dy, centred, scale, offset, residual, passed, slope, places, exist, ACT
-        )
+            dy, centred, scale, offset, residual, bits, slope, places, exist,
+            step, stop, first, group, across, run, lanes, COLUMNS, A, B, UNIT, WIDE, ACT,
+        )  # fmt: skip
         one += dz
         two += dz * centred
         if dx is not None:
@@ -319,12 +316,10 @@ def backward_dx(
         )
         value = tl.load(x + places, exist, 0).to(tl.float32)
         centred = value - centre
-        passed = load_bits(
-            bits, step, stop, first, group, across, run, lanes, COLUMNS, A, B, UNIT, WIDE
-        )
         dz = gradient_before(
-            dy, centred, scale, offset, residual, passed, slope, places, exist, ACT
-        )
+            dy, centred, scale, offset, residual, bits, slope, places, exist,
+            step, stop, first, group, across, run, lanes, COLUMNS, A, B, UNIT, WIDE, ACT,
+        )  # fmt: skip
         if dresidual is not None:
             tl.store(dresidual + places, dz, exist)
         if sum_dz is not None:
@@ -348,8 +343,10 @@ def backward_resident(
     offset = vector(bias, owners, real, 0.0)
     centred = tl.load(x + places, exist, 0).to(tl.float32) - vector(mean, owners, real, 0.0)
     first = first_byte(group, across, run, length, COLUMNS, B, UNIT, WIDE)
-    passed = load_bits(bits, 0, length, first, group, across, run, lanes, COLUMNS, A, B, UNIT, WIDE)
-    dz = gradient_before(dy, centred, scale, offset, residual, passed, slope, places, exist, ACT)
+    dz = gradient_before(
+        dy, centred, scale, offset, residual, bits, slope, places, exist,
+        0, length, first, group, across, run, lanes, COLUMNS, A, B, UNIT, WIDE, ACT,
+    )  # fmt: skip
     one = total(dz, COLUMNS)
     two = total(dz * centred, COLUMNS) * inverse
     tl.store(sum_dz + owners, one, real)

@@ -201,10 +201,8 @@ def load_bits(
     pointer, step, stop, first, group, across, run, lanes,
     COLUMNS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """What `store_bits` has stored, or None if there are none."""
-    if pointer is None:
-        return None
-    elif COLUMNS:
+    """What `store_bits` has stored."""
+    if COLUMNS:
         places, exist = bytes_of(step, stop, first, group, across, run, A, B, UNIT, WIDE)
         packed = tl.load(pointer + places, exist, 0).to(tl.int32)
         shifts = tl.arange(0, 8 if B >= 8 else B)[None, None, :]
@@ -226,14 +224,20 @@ def before_activation(centred, scale, bias, residual, places, exist):
 
 @triton.jit
 def gradient_before(
-    dy, centred, scale, offset, residual, bits, slope, places, exist, ACT: tl.constexpr
-):
+    dy, centred, scale, offset, residual, bits, slope, places, exist,
+    step, stop, first, group, across, run, lanes,
+    COLUMNS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
+    ACT: tl.constexpr,
+):  # fmt: skip
     """The gradient before the activation, by ``bits`` if there are any; 0 where no value is."""
     given = tl.load(dy + places, exist, 0).to(tl.float32)
     if ACT == "none":
         return given
     elif bits is not None:
-        return tl.where(bits != 0, given, given * slope if ACT == "leaky_relu" else 0.0)
+        passed = load_bits(
+            bits, step, stop, first, group, across, run, lanes, COLUMNS, A, B, UNIT, WIDE
+        )
+        return tl.where(passed != 0, given, given * slope if ACT == "leaky_relu" else 0.0)
     else:
         z = before_activation(centred, scale, offset, residual, places, exist)
         return activation_gradient(given, z, slope, ACT)
