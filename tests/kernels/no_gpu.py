@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -61,6 +61,8 @@ class Resources(NamedTuple):
     spilled: int
     widest: int
     """Bits of its widest load."""
+    loop: int
+    """Instructions of its longest loop that loads anything."""
 
 
 def resources(image: bytes, folder: Path) -> Resources:
@@ -77,4 +79,17 @@ def resources(image: bytes, folder: Path) -> Resources:
     loads = re.findall(r"LDG\.E\S*", code)
     widths = [int(bits) for load in loads for bits in re.findall(r"\.(?:U|S)?(\d+)$", load)]
     found = (re.search(rf"{word}:(\d+)", usage) for word in ("REG", "STACK"))
-    return Resources(*(int(match[1]) for match in found if match), max([32, *widths]))
+    numbers = (int(match[1]) for match in found if match)
+    return Resources(*numbers, max([32, *widths]), max([0, *map(len, _loops(code))]))
+
+
+def _loops(code: str) -> Iterator[list[str]]:
+    """The instructions from where each jump back leads to that jump, if any of them loads."""
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", code, re.MULTILINE)
+    known = [(int(address, 16), text) for address, text in lines]
+    for address, text in known:
+        jump = re.search(r"BRA(?:\.\w+)*\s+(?:\S+,\s*)?0x([0-9a-f]+)", text)
+        if jump and int(jump[1], 16) < address:
+            body = [t for place, t in known if int(jump[1], 16) <= place <= address]
+            if any("LDG" in t for t in body):
+                yield body

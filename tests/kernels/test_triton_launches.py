@@ -132,6 +132,31 @@ def test_kernels_are_compiled_for_hopper(case, hopper, tmp_path) -> None:
                 assert found.widest == 128, f"{name} loads {found.widest} bits"
 
 
+@pytest.mark.parametrize("adds", [False, True], ids=["relu", "sum and relu"])
+@pytest.mark.parametrize("layout", [NCHW, NHWC], ids=["nchw", "channels_last"])
+def test_memory_is_slower_than_the_arithmetic(layout, adds, hopper, tmp_path) -> None:
+    """On paper: instructions for each value, in bfloat16, and those that there is time for.
+
+    132 multiprocessors of 128 lanes at 1.98 GHz, and 4.8 TB/s. A third of that time is left over,
+    but by statistics, which read one tensor and write nothing.
+    """
+    calls, planning, driver = hopper
+    norm = Norm(calls, planning, (8, 64, 56, 56), layout, BF16, "relu", adds)
+    norm()
+    p, tensors = norm.plan, 3 if adds else 2
+    time = 132 * 128 * 1.98e9 / 4.8e12 * norm.x.itemsize  # for each value of a tensor
+    values = p.a * p.b / (32 * p.warps)
+    for name, taken, moved, share in (
+        ("moments", 2 * values, 1, 0.6),  # its tiles are half of a tile, and four of them
+        ("apply", values, tensors, 0.4),
+        ("backward_reduce", values, tensors, 0.5),
+        ("backward_dx", values, 3, 0.4),
+    ):
+        for image in driver.images[name]:
+            found = resources(image, tmp_path).loop / taken
+            assert 4 < found < share * time * moved, f"{name}: {found:.1f} instructions a value"
+
+
 def test_addresses_that_are_not_aligned_go_tritons_own_way(hopper) -> None:
     """It has to compile other kernels for them, and to know the old ones again."""
     calls, planning, driver = hopper
