@@ -7,6 +7,10 @@ and what a phase leaves of its time goes to those behind it. DIR gets what was p
 what the tests have seen of cuDNN (seen.txt), and the files of `evenkeel bench`. Run it from a
 checkout; evenkeel need not be installed, nor its native kernels built. The end is 0 if every phase
 went well, 1 if not, 2 where there is no GPU.
+
+The numbers alone, with torch.compile beside every norm, for which the tests leave no time:
+
+    python benchmarks/gpu.py --only steps --only ops
 """
 
 from __future__ import annotations
@@ -113,16 +117,21 @@ INSTALLED = there("evenkeel")
 
 SHARES = {"environment": 0.04, "tests": 0.25, "steps": 0.47, "ops": 0.15, "sanitizer": 0.09}
 """Of the time. First what is new, then what takes longest: steps count only as a whole."""
+COMPILED = 0.5
+"""The norms' share where torch.compile is timed too, which takes seconds for each to compile."""
 
 
 def phases(out: Path, gpu: str, minutes: float, only: Sequence[str] | None) -> list[Phase]:
     """The phases in their order, for a GPU of that name."""
     python, slug = sys.executable, slug_of(gpu)
+    compiles = only is not None and "tests" not in only
+    shares = {**SHARES, "ops": COMPILED if compiles else SHARES["ops"]}
     own = [python, str(Path(__file__).resolve()), "--serve"]
     bench = [python, "-m", "evenkeel", "bench"]
     of_net = ["--device", "cuda", "--net", NET, "--batch", str(BATCH)]
     files = {kind: out / f"{kind}-{slug}.json" for kind in ("ops", "steps")}
     seconds = min(1.0, max(0.1, 60 * minutes * SHARES["ops"] / CASES - 0.6))
+    beside = ("with", "--compile") if compiles else ("without", "--no-compile")
     steps = [*of_net, "--size", str(SIZE), "--dtype", "bfloat16", "--layout", "channels_last"]
     found = {
         "environment": ("versions, and what works here", [*own, "environment"], said),
@@ -133,8 +142,8 @@ def phases(out: Path, gpu: str, minutes: float, only: Sequence[str] | None) -> l
             lambda _: measured(files["steps"]),
         ),
         "ops": (
-            f"every batch norm of {NET}, without torch.compile",
-            [*bench, "ops", *of_net, "--no-compile", "--seconds", f"{seconds:.2g}", "--out",
+            f"every batch norm of {NET}, {beside[0]} torch.compile",
+            [*bench, "ops", *of_net, beside[1], "--seconds", f"{seconds:.2g}", "--out",
              str(files["ops"])],
             lambda _: measured(files["ops"]),
         ),
@@ -142,7 +151,7 @@ def phases(out: Path, gpu: str, minutes: float, only: Sequence[str] | None) -> l
     }  # fmt: skip
     more = {"sanitizer": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}}  # each tensor a block of its own
     return [
-        Phase(name, what, SHARES[name], command, told, more.get(name, {}))
+        Phase(name, what, shares[name], command, told, more.get(name, {}))
         for name, (what, command, told) in found.items()
         if only is None or name in only
     ]

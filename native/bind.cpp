@@ -150,6 +150,7 @@ NB_MODULE(_native, m) {
   m.def("depthwise", &depthwise);
   m.def("use", &use);
   m.def("instructions", [] { return std::string(active->name); });
+  m.def("is_intels", &evenkeel::is_intels);
   m.def("pool", [] { return std::string(evenkeel::pool_name()); });
   m.def("set_stream_from", &evenkeel::set_stream_from);
 }

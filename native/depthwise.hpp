@@ -66,6 +66,9 @@ class Depthwise {
     const Index end = room < 0 ? begin : std::clamp(room / t.stride[1] + 1, begin, t.out[1]);
     Index j = 0;
     for (; j < begin; ++j) pixels<1>(image, i, j, rows, reach(1, j));
+    // Sums side by side must be enough to wait for none, where channels are left over too.
+    if constexpr (EVENKEEL_BYTES == 64)
+      for (; j + 8 <= end; j += 8) pixels<8>(image, i, j, rows, {0, t.size[1]});
     for (; j + 4 <= end; j += 4) pixels<4>(image, i, j, rows, {0, t.size[1]});
     for (; j < t.out[1]; ++j) pixels<1>(image, i, j, rows, reach(1, j));
   }
@@ -79,7 +82,7 @@ class Depthwise {
     const Index tap = (rows.first * t.size[1] + columns.first) * t.channels;
     const Span span{t.x + in, t.weight + tap, t.y + out, rows, columns};
     Index c = 0;
-    constexpr int N = P == 1 ? 4 : 2;  // with eight sums nearly all registers are in use
+    constexpr int N = P == 1 ? 4 : 2;  // with eight sums nearly all of 16 registers are in use
     const auto load = [](const float* p) INLINE { return S::load(p); };
     const auto store = [](float* p, VF v) INLINE { S::store(p, v); };
     for (; c + N * L <= t.channels; c += N * L) block<P, N>(span, c, load, store);

@@ -62,6 +62,15 @@ const Kernels* kernels_named(const char* name) {
   return std::strcmp(name, "baseline") ? nullptr : &baseline::kernels;
 }
 
+bool is_intels() {
+#if defined(EVENKEEL_X86)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 const Kernels& best_kernels() {
   for (const char* name : {"avx512", "avx2"})
     if (const Kernels* found = kernels_named(name)) return *found;

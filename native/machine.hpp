@@ -12,4 +12,7 @@ void set_stream_from(Index bytes);
 const Kernels* kernels_named(const char* name);
 const Kernels& best_kernels();
 
+// Whether Intel made the processor, which libraries of Intel's ask for.
+bool is_intels();
+
 }  // namespace evenkeel

@@ -98,7 +98,11 @@ class TestPlan:
         assert 0.1 <= float(ops[ops.index("--seconds") + 1]) <= 1
         assert found[4].command[0] == "/cuda/compute-sanitizer"
         assert found[4].environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        assert [each.name for each in gpu.phases(tmp_path, "x", 8, ["ops"])] == ["ops"]
+        assert "--no-compile" in ops
+        steps, ops = gpu.phases(tmp_path, "x", 8, ["steps", "ops"])
+        assert (steps.name, ops.name) == ("steps", "ops")
+        assert "--compile" in ops.command
+        assert 480 * ops.share / (steps.share + ops.share) > 200  # three seconds for each of 64
 
     def test_the_commands_are_understood(self, gpu, tmp_path, monkeypatch, command):
         """On the CPU, as they would be announced."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import pickle
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -141,7 +143,8 @@ class TestWays:
             ({"kernel_size": 3, "padding_mode": "reflect"}, "torch"),
         ],
     )
-    def test_the_one_that_was_measured_to_be_fastest(self, settings, wanted):
+    def test_the_one_that_was_measured_to_be_fastest(self, settings, wanted, monkeypatch):
+        monkeypatch.setattr(ways, "_most", lambda shape: math.inf)
         settings = dict(settings)
         sizes = {"channels": 16, "outputs": 32, "size": 24, "batch": 2} | settings
         channels, outputs, size, batch = (
@@ -151,6 +154,20 @@ class TestWays:
         own, x = packed(conv), torch.randn(batch, channels, size, size)
         assert_same(conv, own, x)
         assert way(own) == wanted
+
+    @pytest.mark.parametrize("size", [8, 24])
+    @pytest.mark.parametrize("instructions", ["avx2", "avx512"])
+    @pytest.mark.parametrize("is_intels", [False, True])
+    def test_mkl_has_no_avx512_on_others_processors(
+        self, instructions, is_intels, size, monkeypatch
+    ):
+        kernels = SimpleNamespace(instructions=lambda: instructions, is_intels=lambda: is_intels)
+        monkeypatch.setattr(ways, "kernels_for", lambda shape: kernels)
+        conv, x = nn.Conv2d(64, 64, 1).eval(), torch.randn(2, 64, size, size)
+        own = packed(conv)
+        assert_same(conv, own, x)
+        is_behind = size == 24 and instructions == "avx512" and not is_intels
+        assert way(own) == ("reordered" if is_behind else "product")
 
     @pytest.mark.parametrize("kernel", [1, 3])
     def test_the_output_is_channels_last(self, kernel, reordering):

@@ -31,6 +31,10 @@ FEW = 256
 product, which reads it twice, is slower than oneDNN's convolution. For all else it is faster: by a
 tenth where the matrix is large, three times where it is small. Measured on AVX2."""
 
+BEHIND = 17 * 10**5
+"""With AVX-512 oneDNN is faster from so many products on, up to 2.2 times, if the processor is not
+Intel's: MKL, which computes products of matrices, then goes without. Measured on AMD's Zen 5."""
+
 PROBED = 16
 """How many values of a weight are compared at every call: ``weight.data.copy_(...)`` leaves no
 trace in the version of a tensor, so that a few values are all there is to see it by."""
@@ -92,7 +96,7 @@ def found(
     behind = NOTHING if adds else act
     if kernels is not None:
         name, compute = "depthwise", _depthwise(kernels, conv, x.shape, shape, behind)
-    elif has_product and (weight.numel() < LARGE or pixels >= FEW):
+    elif has_product and (weight.numel() < LARGE or pixels >= FEW) and products <= _most(shape):
         name, compute, behind = "product", _product(conv, shape), NOTHING
     elif conv.groups == 1 and products <= SMALL:
         return Way("torch", _run(torchs, by_torch(act)), *kept)
@@ -132,6 +136,13 @@ def _has_product(conv: nn.Module) -> bool:
     if not isinstance(conv, nn.Conv2d) or conv.groups != 1:
         return False
     return conv.weight.shape[2:] == (1, 1) and not any(padding_of(conv) or ())
+
+
+def _most(shape: tuple[int, ...]) -> float:
+    """Up to how many products a product of matrices is the way."""
+    kernels = kernels_for(shape)
+    has_both = kernels is not None and kernels.instructions() == "avx512"
+    return BEHIND if has_both and not kernels.is_intels() else math.inf
 
 
 def _is_depthwise(conv: nn.Module) -> bool:
