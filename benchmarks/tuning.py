@@ -32,6 +32,8 @@ from evenkeel.bench.machine import machine  # noqa: E402
 from evenkeel.bench.ops import ALLOWED, DTYPES, LAYOUTS, Case, cases  # noqa: E402
 from evenkeel.bench.shapes import TAILS  # noqa: E402
 from evenkeel.bench.timing import clock_on, geometric_mean, interleaved  # noqa: E402
+from evenkeel.errors import EvenkeelError  # noqa: E402
+from evenkeel.files import whole  # noqa: E402
 from evenkeel.kernels.contract import Activation, Affine, Sums  # noqa: E402
 from evenkeel.kernels.select import load  # noqa: E402
 from evenkeel.kernels.triton import Triton  # noqa: E402
@@ -181,13 +183,18 @@ def main() -> int:
         return 2
     if not (given.seconds > 0 and math.isfinite(given.seconds)) or given.batch < 2:
         parser.error("--seconds must be more than 0, and --batch 2 or more")
-    verbs = load("triton")
-    assert isinstance(verbs, Triton)  # noqa: S101 - it is called so
+    if given.out is not None and not given.out.parent.is_dir():
+        parser.error(f"--out {given.out}: there is no folder {given.out.parent}; make it first")
     layouts, sizes = given.layout or list(LAYOUTS), given.size or list(OTHERS)
-    chosen, left_out = cases(
-        batch=given.batch, layouts=layouts, dtypes=[given.dtype], network=given.net,
-        device=given.device,
-    )  # fmt: skip
+    try:
+        verbs = load("triton")
+        chosen, left_out = cases(
+            batch=given.batch, layouts=layouts, dtypes=[given.dtype], network=given.net,
+            device=given.device,
+        )  # fmt: skip
+    except EvenkeelError as error:
+        parser.error(str(error))
+    assert isinstance(verbs, Triton)  # noqa: S101 - it is called so
     names = [name for name, _ in tried(sizes)]
     print(f"{len(chosen)} batch norms, {len(names)} sets of sizes", *left_out, sep="\n", flush=True)
     file = {"kind": "tuning", "machine": machine(), "limits": asdict(LIMITS), "rows": []}
@@ -195,7 +202,8 @@ def main() -> int:
     for number, case in enumerate(chosen, 1):
         file["rows"] += timed(case, verbs, sizes, given.seconds)
         if given.out is not None:
-            given.out.write_text(json.dumps(file, indent=1), encoding="utf-8")
+            with whole(given.out, EvenkeelError) as part:
+                part.write_text(json.dumps(file, indent=1), encoding="utf-8")
         spent = time.monotonic() - start
         print(f"{number}/{len(chosen)} {case.layout} {case.name}, {spent:.0f} s", flush=True)
     print(*table(file["rows"], names), sep="\n")

@@ -25,6 +25,10 @@ __all__ = ["activation_of", "batch_norm", "normalize"]
 _SPATIAL = parse("n c ... -> c")
 _OURS = ("cpu",)
 """Devices on which 'auto' takes kernels of ours."""
+_Own = tuple[Tensor | None, Tensor | None]
+"""Weight and bias."""
+_Memory = tuple[Tensor | None, Tensor | None, bool, float | Tensor]
+"""Running mean and variance, whether they move, and the weight of the new value."""
 _SLOPES = {"none": 0.0, "relu": 0.0, "leaky_relu": 0.01, "relu6": 0.0, "silu": 0.0}
 
 
@@ -63,7 +67,8 @@ def batch_norm(
         eps: added to the variance inside the square root.
         activation: None, 'relu', 'leaky_relu' (or ('leaky_relu', slope)), 'relu6' or 'silu'.
         residual: a tensor like x, added before the activation.
-        backend: 'auto', or a name from `evenkeel.kernels.select.backends`.
+        backend: 'auto', or a name from `evenkeel.kernels.select.backends`. Where 'auto' has no
+            kernels of ours, which is on every device but the CPU, it takes torch's batch norm.
         inplace: True to write y over x, which no gradient may then need.
 
     Returns:
@@ -165,8 +170,8 @@ def normalize(
             f"'{spec}' in inference needs running_mean and running_var; pass training=True to use "
             "the statistics of the batch"
         )
-    remembered = (running_mean, running_var, training, momentum)
-    torchs = _by_torch(x, spec, bound, weight, bias, eps, *remembered, backend)
+    memory = (running_mean, running_var, training, momentum)
+    torchs = _by_torch(x, spec, bound, (weight, bias), eps, memory) if backend == "auto" else None
     if torchs is not None:
         y = _after(torchs, act, residual).to(x.dtype)
         return x.copy_(y) if inplace else y
@@ -233,28 +238,17 @@ def _after(y: Tensor, act: Activation, residual: Tensor | None) -> Tensor:
 
 
 def _by_torch(
-    x: Tensor,
-    spec: NormSpec,
-    bound: Bound,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float | Tensor,
-    backend: str,
+    x: Tensor, spec: NormSpec, bound: Bound, own: _Own, eps: float, memory: _Memory
 ) -> Tensor | None:
     """Torch's own norm where that is what the pattern means and ours is no faster, else None.
 
     Kernels for the norms that own the batch axis are torch's business, not ours, and batch norm is
     where 'auto' takes none of ours.
     """
-    if backend != "auto" or (spec.averages_batch and x.device.type in _OURS):
-        return None
     if spec.averages_batch:
-        remembered = (running_mean, running_var, training, momentum)
-        return _batch_norm_by_torch(x, spec, bound, weight, bias, eps, *remembered)
+        is_ours = x.device.type in _OURS
+        return None if is_ours else _batch_norm_by_torch(x, spec, bound, own, eps, memory)
+    weight, bias = own
     owners = tuple(name for group in spec.owners for name in group)
     others, channel = spec.axes[1:], spec.axes[1:2]
     weightless = weight is None and bias is None
@@ -272,31 +266,23 @@ def _by_torch(
 
 
 def _batch_norm_by_torch(
-    x: Tensor,
-    spec: NormSpec,
-    bound: Bound,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float | Tensor,
+    x: Tensor, spec: NormSpec, bound: Bound, own: _Own, eps: float, memory: _Memory
 ) -> Tensor | None:
     """Torch's own batch norm where the pattern means the spatial one and torch can, else None."""
-    vectors = [t for t in (weight, bias, running_mean, running_var) if t is not None]
+    (weight, bias), (mean, var, training, momentum) = own, memory
+    dtypes = {t.dtype for t in (weight, bias, mean, var) if t is not None}
     if (
         bound.kept != (1,)
         or bound.shape != tuple(x.shape)
         or not (spec.affine_is_owners or weight is bias is None)
-        or (running_mean is None) != (running_var is None)
+        or (mean is None) != (var is None)
         or isinstance(momentum, Tensor)
         or not (eps > 0 and x.numel())
-        or any(t.dtype not in (x.dtype, torch.float32) for t in vectors)
-        or len({t.dtype for t in vectors}) > 1
+        or len(dtypes) > 1
+        or not dtypes <= {x.dtype, torch.float32}
     ):
         return None
-    return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
 
 
 def activation_of(activation: str | tuple[str, float] | None) -> Activation:

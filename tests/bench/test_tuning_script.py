@@ -69,3 +69,18 @@ def test_without_a_gpu_it_says_so() -> None:
     hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, SCRIPT], env=hidden, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "error: torch finds no CUDA device here\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("--net", "resnet5"), "unknown network 'resnet5' (did you mean 'resnet50'?)"),
+        (("--out", "nowhere/found.json"), "there is no folder nowhere; make it first"),
+        (("--seconds", "nan"), "--seconds must be more than 0"),
+    ],
+)
+def test_mistakes(words, text, tuning, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["tuning.py", "--device", "cpu", *words])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        tuning.main()
+    assert text in capsys.readouterr().err

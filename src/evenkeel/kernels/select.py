@@ -1,7 +1,8 @@
 """Which backend runs a call, and why: a pure function of the call.
 
 ``'auto'`` takes the first of `backends` that is for the tensor's device and can run the call: on
-the CPU the native kernels, else the reference. What is not for the device is not even loaded. A
+the CPU the native kernels, else the reference. On other devices `evenkeel.functional` leaves
+spatial batch norm to torch and does not ask here. What is not for the device is not even loaded. A
 backend asked for by name runs wherever it can: Triton on the CPU too, in its interpreter, where
 ``TRITON_INTERPRET=1`` was set before it was loaded.
 """

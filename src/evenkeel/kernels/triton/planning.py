@@ -28,7 +28,7 @@ class Limits:
             for compute capability 9.0, twice as many spill in the forward kernel.
         least: values that a program should have, or splitting does not pay.
         programs: how many to aim for, in rows and in columns. Compiled for compute capability 9.0,
-            two to six of them fit on a multiprocessor at once, and with these numbers the last
+            two to eight of them fit on a multiprocessor at once, and with these numbers the last
             round of programs is nearly full. In columns all of a tensor's programs may have parts
             of the same owners, so fewer are better to merge.
         fused: up to so many splits are merged by every program that needs the result; more, by a
