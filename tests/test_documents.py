@@ -14,6 +14,7 @@ from PIL import Image
 
 from evenkeel.study.config import load_plan
 
+from .formats import samples as darknet
 from .study.data.makers import idx_files, write
 
 ROOT = Path(__file__).parent.parent
@@ -61,6 +62,11 @@ def prepared(tmp_path, monkeypatch):
         Image.fromarray(rng.integers(0, 255, (8, 8), np.uint8)).save(path)
     Image.fromarray(rng.integers(0, 255, (28, 28), np.uint8)).save(tmp_path / "seven.png")
     (tmp_path / "mynets.py").write_text(NETWORK)
+    source = darknet.text(
+        (1, 8, 8), "convolutional batch_normalize=1 filters=4 size=3 pad=1 activation=leaky",
+        "connected output=3 activation=linear",
+    )  # fmt: skip
+    darknet.written(tmp_path, source, darknet.weights_for(source))
     for document in DOCUMENTS:
         for block in blocks(document.read_text(), "toml"):
             (tmp_path / "mine.toml").write_text(block)
@@ -76,7 +82,8 @@ def test_there_is_something_to_test():
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_python_examples_run(document):
+def test_python_examples_run(document, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for block in blocks(document.read_text(), "python"):
         exec(compile(block, document.name, "exec"), names)

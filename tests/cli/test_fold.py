@@ -372,7 +372,10 @@ class TestMistakes:
             (("foldednets:none", *INPUT), "has no 'none'"),
             (("nowhere:net", *INPUT), "cannot be imported"),
             (("digit.safetensors", *INPUT), "digit.safetensors: there is no such file"),
-            ((".", *INPUT), ".: is a folder, not a file; give what 'evenkeel train' wrote, or"),
+            (
+                (".", *INPUT),
+                ".: is a folder, not a file; give what 'evenkeel train' wrote, package",
+            ),
             (("foldednets:net",), "give its shape, --input 1,3,224,224 say, or --example"),
             (("foldednets:net", "--input", "3"), "--input 3 is no shape"),
             (("foldednets:net", "--input", "2,4,8"), "net cannot run random inputs of 2x4x8: "),

@@ -13,6 +13,7 @@ from ..errors import EvenkeelError
 from .bench import bench
 from .check import check
 from .console import complain
+from .convert import convert
 from .doctor import doctor
 from .evaluate import evaluate
 from .fold import fold
@@ -41,6 +42,7 @@ app.command()(predict)
 app.command()(recalibrate)
 app.command()(check)
 app.command()(fold)
+app.command()(convert)
 app.add_typer(bench, name="bench")
 app.command()(doctor)
 

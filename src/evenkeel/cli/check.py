@@ -13,8 +13,18 @@ import typer
 
 from ..errors import ConfigError, meant
 from .console import check_place, device_named
-from .network import note, open_network, random_inputs, shape_of, share_cores, test_data
-from .options import DataDir, Device, ImageSize, NetworkOrFile, OwnModelOfFile, Weights
+from .network import (
+    is_cfg,
+    is_state_dict,
+    note,
+    open_cfg,
+    open_network,
+    random_inputs,
+    shape_of,
+    share_cores,
+    test_data,
+)  # fmt: skip
+from .options import Build, DataDir, Device, ImageSize, NetworkOrFile, OwnModelOfFile, Weights
 
 if TYPE_CHECKING:
     import torch
@@ -62,12 +72,12 @@ def check(
     data_dir: DataDir = None,
     image_size: ImageSize = None,
     reading: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="What the network gets of the data. normalized: mean 0 and deviation 1 for each "
-            "channel. unit: 0 to 1. raw: the bytes."
+            help="What the network gets of the data. normalized (the default): mean 0 and "
+            "deviation 1 for each channel. unit (for a .cfg): 0 to 1. raw: the bytes."
         ),
-    ] = "normalized",
+    ] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Samples in a batch of training; 64 by default.", min=1)
     ] = None,
@@ -84,6 +94,7 @@ def check(
         list[str] | None, typer.Option(help="A code that is not to be told; may be repeated.")
     ] = None,
     model: OwnModelOfFile = None,
+    convention: Build = None,
     device: Device = "auto",
 ) -> None:
     """Find the mistakes people make with batch norm, each with a number and its remedy.
@@ -96,6 +107,7 @@ def check(
     from ..checks.fix import fix as fixed_copy
     from ..checks.formats import FORMATS
 
+    reading = reading or ("unit" if is_cfg(network) else "normalized")
     for what, chosen, choices in (
         ("--format", output, tuple(FORMATS)),
         ("--reading", reading, _READINGS),
@@ -110,7 +122,7 @@ def check(
         check_place(out)
     where = device_named(device)
     with redirect_stdout(sys.stderr):
-        if Path(network).is_file():
+        if Path(network).is_file() and not is_cfg(network):
             if sizes is not None or weights is not None or classes is not None:
                 raise ConfigError(
                     f"{network} says all of it; leave out --input, --weights and --classes"
@@ -118,7 +130,13 @@ def check(
             subject = _trained(Path(network), model, data, data_dir, image_size, batch_size, where)
         else:
             dataset = _dataset(data, data_dir, image_size)
-            subject = _made(network, sizes, classes, dataset, reading, batch_size or 64, where)
+            built = None
+            if is_cfg(network):
+                built = open_cfg(Path(network), weights, convention).to(where)
+                sizes = sizes or (batch_size or 8, *built.image)
+                weights = weights if is_state_dict(weights) else None
+            size = batch_size or 64
+            subject = _made(network, built, sizes, classes, dataset, reading, size, where)
         given = {"origin": subject.origin, "ignore": codes}
         found = checked(subject.network, subject.example, subject.data, None, weights, **given)
         done = None
@@ -152,6 +170,7 @@ def _dataset(name: str | None, folder: Path | None, image_size: int | None) -> D
 
 def _made(
     name: str,
+    built: nn.Module | None,
     sizes: tuple[int, ...] | None,
     classes: int | None,
     dataset: Dataset | None,
@@ -159,7 +178,7 @@ def _made(
     batch_size: int,
     device: torch.device,
 ) -> _Subject:
-    """The network of a factory, with an example and data."""
+    """A network with an example and data; without one built, that of a factory."""
 
     from ..study.models import build
 
@@ -169,7 +188,7 @@ def _made(
         if sizes is not None and sizes[1:] != shape:
             raise ConfigError(f"--input has samples of {sizes[1:]}, but {dataset.name} of {shape}")
     count = classes or (10 if dataset is None else len(dataset.classes))
-    network = build(name, shape, count, "relu", 0).to(device)
+    network = built or build(name, shape, count, "relu", 0).to(device)
     batches = None if dataset is None else _batches(dataset, reading, batch_size, device)
     example = None if batches is None else batches[0]
     if example is None and sizes is not None:

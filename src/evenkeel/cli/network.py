@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,11 +16,15 @@ if TYPE_CHECKING:
     import torch
     from torch import fx
 
+    from ..formats.darknet import Network as DarknetNetwork
     from ..study.checkpoint import Card
     from ..study.data import Dataset
 
 __all__ = [
+    "is_cfg",
+    "is_state_dict",
     "note",
+    "open_cfg",
     "open_network",
     "random_inputs",
     "shape_of",
@@ -28,6 +32,9 @@ __all__ = [
     "size_of",
     "test_data",
 ]
+
+
+_TENSORS: Final = (".safetensors", ".pt", ".pth")
 
 
 def note(text: str) -> None:
@@ -58,6 +65,29 @@ def open_network(
             "weights fit, but the network may compute something else"
         )
     return network, card
+
+
+def is_cfg(name: str) -> bool:
+    """Whether a network's name is a Darknet file's."""
+    return Path(name).suffix == ".cfg"
+
+
+def is_state_dict(weights: Path | None) -> bool:
+    """Whether weights are tensors by name, whichever network they belong to."""
+    return weights is not None and weights.suffix in _TENSORS
+
+
+def open_cfg(path: Path, weights: Path | None, convention: str | None) -> DarknetNetwork:
+    """The network of a Darknet .cfg; with the .weights, if that is what the weights are.
+
+    Tells if it has none, for then its weights are random ones.
+    """
+    from ..formats import darknet
+
+    if weights is None:
+        note(f"no --weights, so {path} has the random weights that training begins with")
+    own = None if is_state_dict(weights) else weights
+    return darknet.load(path, own, convention=convention or "darknet-gpu")
 
 
 def test_data(card: Card, name: str | None, folder: Path | None, image_size: int | None) -> Dataset:
