@@ -346,6 +346,11 @@ def _check_shapes(
                 f"{name} of '{spec}' must have shape {shape} for an input of {tuple(x.shape)} but "
                 f"has {tuple(tensor.shape)}"
             )
+        if tensor is not None and tensor.device != x.device:
+            raise ShapeError(
+                f"{name} of '{spec}' is on {tensor.device}, but the input is on {x.device}; move "
+                "the network, or the input"
+            )
     if spec.affine is None and (weight is not None or bias is not None):
         raise ShapeError(f"'{spec}' was asked for without gamma and beta but got a weight or bias")
     if not spec.averages_batch and (running_mean is not None or running_var is not None):

@@ -21,7 +21,7 @@ from .kernels.select import choose, load
 from .kernels.triton import Triton
 from .view import View, logical_view, view_of
 
-__all__ = ["aligned", "dense", "norm_op", "stand_in"]
+__all__ = ["aligned", "as_saved", "dense", "norm_op", "stand_in"]
 
 
 @torch.library.custom_op("evenkeel::norm", mutates_args=())
@@ -201,12 +201,15 @@ def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     needed: tuple[Tensor | None, Tensor | None] = (None if ctx.is_linear else residual, None)
     if _bits(x, residual, inputs[4], ctx.rest[0], Activation(*ctx.rest[2:4]), ctx.rest[4]):
         needed = (None, output[3])
+        ctx.strides = x.stride()
     ctx.save_for_backward(x, weight, bias, *needed, mean, var)
 
 
 def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     """The gradient of each input of `norm_op`, None for what has none."""
     x, weight, bias, residual, bits, mean, var = ctx.saved_tensors
+    if bits is not None:  # which lie in the order that x had; hooks may have given it another
+        x = as_saved(x, ctx.strides)
     dx, dweight, dbias, dresidual = torch.ops.evenkeel.norm_backward(
         dy, x, weight, bias, residual, bits, mean, var, ctx.from_batch, *ctx.rest
     )
@@ -228,7 +231,7 @@ torch.library.register_autograd("evenkeel::norm", backward, setup_context=keep)
 
 def _keep_for_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.from_batch, ctx.kept, ctx.eps, activation, slope, _ = inputs
-    ctx.act = Activation(activation, slope)
+    ctx.act, ctx.strides = Activation(activation, slope), tensors[1].stride()
     ctx.save_for_backward(*tensors)
 
 
@@ -237,7 +240,7 @@ def _second_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None
     *given, bits, mean, var = ctx.saved_tensors
     if bits is not None:
         _, x, weight, bias, _ = given
-        x, view = dense(x, ctx.kept)
+        x, view = dense(as_saved(x, ctx.strides), ctx.kept)
         through = _triton(load("triton")).through(x, view, bits)
         given[4] = stand_in(x, view, weight, bias, mean, var, ctx.eps, through)
     create = torch.is_grad_enabled()
@@ -369,6 +372,17 @@ def aligned(t: Tensor, x: Tensor, view: View) -> Tensor:
     if t.stride() == x.stride() or _view(t.shape, t.stride(), tuple(sorted(view.kept))) == view:
         return t
     return torch.empty_like(x, dtype=t.dtype).copy_(t)
+
+
+def as_saved(t: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """A tensor saved for backward in the layout that it had, copied only if it has another.
+
+    Hooks on saved tensors may give it back in another one, as `torch.autograd.graph.save_on_cpu`
+    does with pinned memory.
+    """
+    if t.stride() == strides:
+        return t
+    return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
 
 
 def _like(t: Tensor, x: Tensor) -> Tensor:

@@ -16,10 +16,10 @@ from .. import recompute
 from ..kernels.contract import Activation
 from ..kernels.native import ACTS, BOTH, FEW, MAP, REDUCE, TYPES, Native
 from ..kernels.select import choose, load
-from ..ops import aligned, stand_in
+from ..ops import aligned, as_saved, stand_in
 from ..pattern import NormSpec, parse
 from ..view import View
-from .plain import is_like, is_plain, seen, wants_gradients
+from .plain import PLAIN, is_like, is_plain, seen, wants_gradients
 
 __all__ = ["batch_norm", "kernels", "kind_of"]
 
@@ -30,6 +30,7 @@ class _Plan(NamedTuple):
     """What is known of all calls with one layout."""
 
     view: View
+    strides: tuple[int, ...]
     kept: tuple[int, ...]
     kind: tuple[int, ...]
     """The view's four numbers and the type's, as the kernels take them."""
@@ -111,7 +112,8 @@ def _fits(one: Tensor | None, other: Tensor | None, shape: torch.Size) -> bool:
     if one is None:
         return other is None or _fits(other, None, shape)
     return (
-        one.shape == shape
+        type(one) in PLAIN
+        and one.shape == shape
         and one.dtype in _WIDE
         and one.is_cpu
         and one.is_contiguous()
@@ -132,7 +134,7 @@ def _plan(
     kind = (*view.sizes, TYPES[dtype])
     owners = torch.Size(bound.stat_shape)
     memory = torch.empty(1, dtype=torch.float64, device="cpu").expand(3, *owners)
-    return _Plan(view, bound.kept, kind, owners, memory)
+    return _Plan(view, strides, bound.kept, kind, owners, memory)
 
 
 @lru_cache(maxsize=1)
@@ -206,9 +208,10 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # a second derivative is wanted, which the op has
+        # A second derivative is what the op has; and it knows dy that is no plain tensor.
+        if torch.is_grad_enabled() or not is_plain(dy):
             return _by_op(ctx, dy)
-        x, weight, bias, kept = ctx.saved_tensors
+        x, weight, bias, kept = _saved(ctx)
         plan, act, _, from_batch, memory = ctx.call
         wants_x, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[:4]
         if dy.dtype != x.dtype:
@@ -236,9 +239,18 @@ class _Fused(torch.autograd.Function):
         return dx if wants_x else None, dweight, dbias, dresidual, None, None
 
 
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    """x, weight, bias and what was kept of the residual, in the layout that they had."""
+    x, weight, bias, kept = ctx.saved_tensors
+    plan, act = ctx.call[:2]
+    if kept is not None and not act.has_bit:
+        kept = as_saved(kept, plan.strides)
+    return as_saved(x, plan.strides), weight, bias, kept
+
+
 def _by_op(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients, by an op that can be differentiated."""
-    x, weight, bias, kept = ctx.saved_tensors
+    x, weight, bias, kept = _saved(ctx)
     plan, act, eps, from_batch, (mean, _, var) = ctx.call
     residual = kept
     if ctx.adds and act.has_bit:

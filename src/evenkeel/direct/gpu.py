@@ -17,10 +17,10 @@ from torch import Tensor
 from ..kernels.contract import Activation, Affine, Sums, accumulation_dtype
 from ..kernels.select import load
 from ..kernels.triton import Plan, Triton, plan_of
-from ..ops import aligned
+from ..ops import aligned, as_saved
 from ..pattern import NormSpec
 from ..view import View
-from .plain import is_like, is_plain, seen, wants_gradients
+from .plain import PLAIN, is_like, is_plain, seen, wants_gradients
 
 __all__ = ["batch_norm"]
 
@@ -29,6 +29,7 @@ class _Plan(NamedTuple):
     """What is known of all calls with one layout."""
 
     view: View
+    strides: tuple[int, ...]
     kept: tuple[int, ...]
     owners: torch.Size
     """The shape of a statistic, which is also its order in memory."""
@@ -90,7 +91,8 @@ def batch_norm(
 
 def _fits(t: Tensor, shape: torch.Size, device: int) -> bool:
     return (
-        t.dtype == torch.float32
+        type(t) in PLAIN
+        and t.dtype == torch.float32
         and t.get_device() == device
         and t.shape == shape
         and t.is_contiguous()
@@ -116,7 +118,7 @@ def _plan(
     owners = torch.Size(bound.stat_shape)
     vector = torch.empty(1, dtype=accumulation_dtype(dtype, device), device=device).expand(owners)
     divisions = plan_of(view, dtype.itemsize), plan_of(view, dtype.itemsize, keeps=False)
-    return _Plan(view, bound.kept, owners, vector, *divisions, verbs)
+    return _Plan(view, strides, bound.kept, owners, vector, *divisions, verbs)
 
 
 def _forward(
@@ -179,10 +181,14 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, kept = ctx.saved_tensors
         plan, act, eps, from_batch = ctx.call
+        x = as_saved(x, plan.strides)
+        if kept is not None and not ctx.has_bits:
+            kept = as_saved(kept, plan.strides)
         mean, invstd = ctx.statistics
         residual, bits = (None, kept) if ctx.has_bits else (kept, None)
         dresidual: Tensor | None
-        if torch.is_grad_enabled():  # a second derivative is wanted, which the op has
+        # A second derivative is what the op has; and it knows dy that is no plain tensor.
+        if torch.is_grad_enabled() or not is_plain(dy):
             var = invstd.square().reciprocal() - eps  # to which eps will be added again
             dx, dweight, dbias, dresidual = torch.ops.evenkeel.norm_backward(
                 *(dy, x, weight, bias, residual, bits, mean, var, from_batch),

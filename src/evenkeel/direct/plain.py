@@ -24,6 +24,7 @@ def is_plain(x: Any) -> bool:
     """True for values in memory: no subclass, fake, transform or mode that wants to see ops."""
     return (
         type(x) in PLAIN
+        and torch._C._has_storage(x)  # which what is_grads_batched hands around has not
         and forward_ad._current_level < 0
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None

@@ -56,6 +56,8 @@ class Triton(Composite):
             return f"the memory has {len(view.sizes)} runs of axes, not four"
         if view.count >= planning.MOST:
             return f"one owner has {view.count} values, 2^30 or more"
+        if view.sizes[0] * view.sizes[2] >= planning.MOST:
+            return f"there are {view.sizes[0] * view.sizes[2]} owners, 2^30 or more"
         return None
 
     def _refuses_device(self, device: torch.device) -> str | None:

@@ -155,7 +155,7 @@ def plan(view: View, itemsize: int, keeps: bool = False, limits: Limits = LIMITS
         fused=splits <= limits.fused,
         owners=k1 * k2,
         sizes=(across, run, jump, r1 * jump, *divisor(run), length, per),
-        warps=_warps(a * b, limits.lanes * (2 if resident else 1)),
+        warps=_warps(a * b, limits.lanes * 2, 32) if resident else _warps(a * b, limits.lanes),
     )
 
 
@@ -174,8 +174,8 @@ def _splits(groups: int, length: int, a: int, b: int, columns: bool, limits: Lim
     return max(1, min(wanted, length * b // limits.least, -(-length // a)))
 
 
-def _warps(values: int, lanes: int) -> int:
-    return min(16, max(1, _power(values) // (32 * lanes)))
+def _warps(values: int, lanes: int, most: int = 16) -> int:
+    return min(most, max(1, _power(values) // (32 * lanes)))
 
 
 def _power(n: int) -> int:
