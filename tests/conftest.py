@@ -1,5 +1,6 @@
 """Settings that every test shares."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -70,6 +71,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in set(left_out)]
         config.hook.pytest_deselected(items=left_out)
         config.stash[_LEFT_OUT] = len(left_out)
+
+
+@pytest.fixture(autouse=True)
+def _device_is_alive(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Ends a worker whose GPU has met an illegal address: all that it would run fails then.
+
+    pytest-xdist starts another one in its place.
+    """
+    yield
+    if request.node.get_closest_marker("gpu") and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            if "PYTEST_XDIST_WORKER" not in os.environ:
+                raise
+            print(f"this worker's GPU is lost: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

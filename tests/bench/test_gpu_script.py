@@ -87,17 +87,19 @@ class TestPlan:
         found = gpu.phases(tmp_path, "NVIDIA H200", 8, None)
         assert [each.name for each in found] == list(gpu.SHARES)
         assert sum(gpu.SHARES.values()) == pytest.approx(1)
-        steps, ops = found[2].command, found[3].command
+        steps, ops, compiled = (phase.command for phase in found[2:5])
         assert steps[1:5] == ["-m", "evenkeel", "bench", "steps"]
         assert " ".join(steps[5:-2]) == (
             "--device cuda --net resnet50 --batch 256 --size 224 --dtype bfloat16 "
-            "--layout channels_last"
+            "--layout channels_last --seconds 8 --no-compile"
         )
         assert steps[-1] == str(tmp_path / "steps-h200.json")
+        assert compiled[-1] == str(tmp_path / "steps-compiled-h200.json")
+        assert "--no-compile" not in compiled
         assert ops[-2:] == ["--out", str(tmp_path / "ops-h200.json")]
         assert 0.1 <= float(ops[ops.index("--seconds") + 1]) <= 1
-        assert found[4].command[0] == "/cuda/compute-sanitizer"
-        assert found[4].environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        assert found[5].command[0] == "/cuda/compute-sanitizer"
+        assert found[5].environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         assert "--no-compile" in ops
         steps, ops = gpu.phases(tmp_path, "x", 8, ["steps", "ops"])
         assert (steps.name, ops.name) == ("steps", "ops")
@@ -106,7 +108,7 @@ class TestPlan:
 
     def test_the_commands_are_understood(self, gpu, tmp_path, monkeypatch, command):
         """On the CPU, as they would be announced."""
-        for each in gpu.phases(tmp_path, "NVIDIA H200", 8, ["steps", "ops"]):
+        for each in gpu.phases(tmp_path, "NVIDIA H200", 8, ["steps", "ops", "compiled"]):
             words = ["cpu" if word == "cuda" else word for word in each.command[3:]]
             code, out, err = command(*words, "--dry-run")
             assert (code, err) == (0, "")
@@ -118,7 +120,7 @@ class TestPlan:
         files = [word for word in words if word.endswith(".py")]
         assert {"tests/test_gpu.py", "tests/cudnn/test_gpu.py"} <= {*files}
         root = SCRIPT.parent.parent
-        assert {root / name for name in files} == {
+        assert {root / name for name in (*files, *gpu.ELSEWHERE)} == {
             path
             for path in (root / "tests").rglob("test_*.py")
             for node in ast.walk(ast.parse(path.read_text()))

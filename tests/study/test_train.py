@@ -11,7 +11,14 @@ from torch import nn
 
 from evenkeel.errors import ConfigError
 from evenkeel.study.arms import Arm, Data
-from evenkeel.study.train import Feeder, evaluate, make_network, make_optimizer, train
+from evenkeel.study.train import (
+    Feeder,
+    evaluate,
+    make_network,
+    make_optimizer,
+    repeatable,
+    train,
+)  # fmt: skip
 
 from .helpers import CPU, tiny_dataset
 
@@ -26,6 +33,25 @@ def feeder(dataset=DATA, *, input_norm=True, **data) -> Feeder:
 def all_of(batches, count):
     pairs = list(islice(batches, count))
     return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
+
+
+def test_cudnn_is_asked_for_a_fixed_order_and_keeps_its_other_settings(monkeypatch):
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    network, seen = make_network(NORMED, feeder(), 10, 0), []
+
+    def note(*_) -> None:
+        seen.append((cudnn.enabled, cudnn.benchmark, cudnn.deterministic))
+
+    network.register_forward_hook(note)
+    batches = feeder().batches(8, 0)
+    train(network, make_optimizer(network, NORMED), batches, range(2), lambda *_: None)
+    evaluate(network.eval(), feeder().test())
+    assert set(seen) == {(True, False, True)}
+    assert (cudnn.benchmark, cudnn.deterministic) == (True, False)
+    with pytest.raises(ZeroDivisionError, match="by zero"), repeatable():
+        raise ZeroDivisionError("by zero")
+    assert cudnn.benchmark
 
 
 class TestFeeder:

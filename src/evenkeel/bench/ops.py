@@ -104,6 +104,8 @@ def cases(
     if every_tail:
         more = [place._replace(tail=tail) for place in found for tail in SIMPLE_TAILS]
         found = {place: {} for place in more} | found
+    if device != "cpu":  # what is used there comes first, for time there is short
+        layouts, dtypes = layouts[::-1], dtypes[::-1]
     every = [
         Case(place, batch, layout, dtype, counts, device)
         for layout in layouts

@@ -143,15 +143,13 @@ class Fit:
         self._seed_random()
         schedule = self._schedule()
         batches = self.feeder.batches(arm.batch_size, seed, self.done)
-        # Asks cuDNN for the algorithms that add in a fixed order.
-        with torch.backends.cudnn.flags(benchmark=False, deterministic=True):
-            while len(self.history) < self.training.epochs:
-                end = (len(self.history) + 1) * self.steps_per_epoch
-                while self.done < end:
-                    loss = self._step(batches)
-                    schedule.step()
-                    yield Step(self.done, loss)
-                yield self._finish_epoch()
+        while len(self.history) < self.training.epochs:
+            end = (len(self.history) + 1) * self.steps_per_epoch
+            while self.done < end:
+                loss = self._step(batches)
+                schedule.step()
+                yield Step(self.done, loss)
+            yield self._finish_epoch()
 
     def _step(self, batches: Batches) -> float:
         losses: list[float] = []

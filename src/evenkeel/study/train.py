@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ __all__ = [
     "make_network",
     "make_optimizer",
     "network_for",
+    "repeatable",
     "train",
 ]
 
@@ -169,6 +171,19 @@ def make_optimizer(network: nn.Module, arm: Arm) -> torch.optim.Optimizer:
     return optimizer
 
 
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Asks cuDNN for the algorithms that add in a fixed order; its other settings stay."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    try:
+        cudnn.benchmark, cudnn.deterministic = False, True
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
+
+
+@repeatable()
 def train(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -195,6 +210,7 @@ def train(
     return steps.stop
 
 
+@repeatable()
 @torch.no_grad()
 def evaluate(network: nn.Module, batches: Batches) -> Score:
     """Accuracy and loss in the mode that the network is in."""
