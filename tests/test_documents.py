@@ -14,7 +14,7 @@ from PIL import Image
 
 from evenkeel.study.config import load_plan
 
-from .formats import samples as darknet
+from .formats import samples
 from .study.data.makers import idx_files, write
 
 ROOT = Path(__file__).parent.parent
@@ -62,11 +62,12 @@ def prepared(tmp_path, monkeypatch):
         Image.fromarray(rng.integers(0, 255, (8, 8), np.uint8)).save(path)
     Image.fromarray(rng.integers(0, 255, (28, 28), np.uint8)).save(tmp_path / "seven.png")
     (tmp_path / "mynets.py").write_text(NETWORK)
-    source = darknet.text(
+    source = samples.text(
         (1, 8, 8), "convolutional batch_normalize=1 filters=4 size=3 pad=1 activation=leaky",
         "connected output=3 activation=linear",
     )  # fmt: skip
-    darknet.written(tmp_path, source, darknet.weights_for(source))
+    samples.written(tmp_path, source, samples.weights_for(source))
+    samples.old_keras_file(tmp_path / "model.h5")
     for document in DOCUMENTS:
         for block in blocks(document.read_text(), "toml"):
             (tmp_path / "mine.toml").write_text(block)

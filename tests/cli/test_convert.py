@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from evenkeel.formats import darknet
 
-from ..formats.samples import image, text, weights_for, written
+from ..formats.samples import image, old_keras_file, text, weights_for, written
 from .test_fold import flat, names, nets, once, trained  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance.treespec:FutureWarning")
@@ -122,6 +123,25 @@ def test_the_build_is_heeded(command, tiny):
     assert not torch.equal(one["layers.0.norm.running_var"], other["layers.0.norm.running_var"])
 
 
+@pytest.mark.parametrize("out", ["model.onnx", "model.cfg"])
+def test_keras(command, tmp_path, out):
+    wanted = old_keras_file(tmp_path / "model.h5")
+    code, said, err = command("convert", "model.h5", "-o", out)
+    assert code == 0, err
+    assert f"Kept in {out} " in flat(said)
+    if out == "model.cfg":
+        x = torch.from_numpy(np.load("model.npy")).permute(0, 3, 1, 2)
+        found = darknet.load(out, "model.weights")(x).permute(0, 2, 3, 1)
+        torch.testing.assert_close(
+            found.double(), torch.from_numpy(wanted).double(), atol=1e-5, rtol=1e-4
+        )
+    code, said, err = command("fold", "model.h5")
+    assert (code, "1 norm folded" in said) == (0, True)
+    assert command("check", "model.h5")[0] == 0
+    code, _, err = command("convert", "model.h5", "--convention", "darknet-cpu", "-o", "x.onnx")
+    assert "model.h5 has all in it; leave out --convention" in flat(err)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -137,7 +157,7 @@ def test_the_build_is_heeded(command, tiny):
         ((*GIVEN, "-o", "a.cfg", "--classes", "3"), "says how many classes it has"),
         ((*GIVEN, "-o", "a.cfg", "--input", "1,3,8,8"), "net.cfg cannot run random inputs"),
         ((*GIVEN, "-o", "a.cfg", "--convention", "darknet"), "'darknet' is no build of Darknet"),
-        (("cfg", "-o", "a.cfg"), "or a Darknet .cfg"),
+        (("cfg", "-o", "a.cfg"), "a Darknet .cfg or a Keras file"),
     ],
 )
 def test_mistakes(command, tiny, words, message):

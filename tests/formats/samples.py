@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,3 +60,52 @@ def loaded(folder: Path, source: str, data: bytes, **options: object) -> Network
 def image(*shape: int, seed: int = 1) -> torch.Tensor:
     """A batch of two random images."""
     return torch.rand((2, *shape), generator=torch.Generator().manual_seed(seed))
+
+
+VECTORS = ("gamma", "beta", "moving_mean", "moving_variance")
+
+
+def old_keras_file(path: Path) -> np.ndarray:
+    """An .h5 as Keras 2 wrote them: lists of nodes, an axis in a list, names that end in ':0'.
+
+    Beside it an .npy with two images; what the model makes of them is returned.
+    """
+    import h5py
+
+    layers = [
+        ("InputLayer", {"name": "in", "batch_input_shape": [None, 4, 4, 2]}, []),
+        ("Conv2D", {"name": "conv", "filters": 3, "kernel_size": [1, 1], "strides": [1, 1],
+                    "padding": "valid", "data_format": "channels_last", "dilation_rate": [1, 1],
+                    "activation": "linear", "use_bias": False}, [[["in", 0, 0, {}]]]),
+        ("BatchNormalization", {"name": "bn", "axis": [3], "momentum": 0.99, "epsilon": 0.001,
+                                "center": True, "scale": True}, [[["conv", 0, 0, {}]]]),
+        ("LeakyReLU", {"name": "act", "alpha": 0.1}, [[["bn", 0, 0, {}]]]),
+        ("Add", {"name": "sum"}, [[["act", 0, 0, {}], ["act", 0, 0, {}]]]),
+    ]  # fmt: skip
+    config = {
+        "name": "model", "input_layers": [["in", 0, 0]], "output_layers": [["sum", 0, 0]],
+        "layers": [
+            {"class_name": kind, "name": own["name"], "config": own, "inbound_nodes": nodes}
+            for kind, own, nodes in layers
+        ],
+    }  # fmt: skip
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(1, 1, 2, 3)).astype("f4")
+    vectors = rng.uniform(0.5, 1, (4, 3)).astype("f4")
+    with h5py.File(path, "w") as file:
+        file.attrs["model_config"] = json.dumps({"class_name": "Model", "config": config})
+        group = file.create_group("model_weights")
+        group.attrs["layer_names"] = [b"in", b"conv", b"bn", b"act", b"sum"]
+        names = {"conv": ["conv/kernel:0"], "in": [], "act": [], "sum": [],
+                 "bn": [f"bn/{n}:0" for n in VECTORS]}  # fmt: skip
+        for layer, held in names.items():
+            inner = group.create_group(layer)
+            inner.attrs["weight_names"] = [name.encode() for name in held]
+            for name, values in zip(held, [kernel] if layer == "conv" else vectors, strict=False):
+                inner[name] = values
+    x = rng.uniform(-1, 1, (2, 4, 4, 2)).astype("f4")
+    z = x @ kernel[0, 0]
+    gamma, beta, mean, var = vectors
+    y = (z - mean) / np.sqrt(var + 0.001) * gamma + beta
+    np.save(path.with_suffix(".npy"), x)
+    return 2 * np.where(y > 0, y, 0.1 * y)

@@ -14,10 +14,10 @@ import typer
 from ..errors import ConfigError, meant
 from .console import check_place, device_named
 from .network import (
-    is_cfg,
+    is_foreign,
     is_state_dict,
     note,
-    open_cfg,
+    open_foreign,
     open_network,
     random_inputs,
     shape_of,
@@ -75,7 +75,7 @@ def check(
         str | None,
         typer.Option(
             help="What the network gets of the data. normalized (the default): mean 0 and "
-            "deviation 1 for each channel. unit (for a .cfg): 0 to 1. raw: the bytes."
+            "deviation 1 for each channel. unit (for a .cfg or .keras): 0 to 1. raw: the bytes."
         ),
     ] = None,
     batch_size: Annotated[
@@ -107,7 +107,7 @@ def check(
     from ..checks.fix import fix as fixed_copy
     from ..checks.formats import FORMATS
 
-    reading = reading or ("unit" if is_cfg(network) else "normalized")
+    reading = reading or ("unit" if is_foreign(network) else "normalized")
     for what, chosen, choices in (
         ("--format", output, tuple(FORMATS)),
         ("--reading", reading, _READINGS),
@@ -122,7 +122,7 @@ def check(
         check_place(out)
     where = device_named(device)
     with redirect_stdout(sys.stderr):
-        if Path(network).is_file() and not is_cfg(network):
+        if Path(network).is_file() and not is_foreign(network):
             if sizes is not None or weights is not None or classes is not None:
                 raise ConfigError(
                     f"{network} says all of it; leave out --input, --weights and --classes"
@@ -131,9 +131,9 @@ def check(
         else:
             dataset = _dataset(data, data_dir, image_size)
             built = None
-            if is_cfg(network):
-                built = open_cfg(Path(network), weights, convention).to(where)
-                sizes = sizes or (batch_size or 8, *built.image)
+            if is_foreign(network):
+                built, shape = open_foreign(Path(network), weights, convention)
+                built, sizes = built.to(where), sizes or (batch_size or 8, *shape)
                 weights = weights if is_state_dict(weights) else None
             size = batch_size or 64
             subject = _made(network, built, sizes, classes, dataset, reading, size, where)

@@ -49,7 +49,7 @@ def convert(
     overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Convert a network between Darknet, torch and ONNX, with its norms as they are.
+    """Convert a network of Darknet, Keras or torch to Darknet, ONNX or torch, norms as they are.
 
     The new file is read again and compared with the network; if it differs, nothing is written. To
     have the norms folded into the layers on the way, use 'evenkeel fold'.

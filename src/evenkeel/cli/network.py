@@ -14,17 +14,17 @@ from ..errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     import torch
-    from torch import fx
+    from torch import fx, nn
 
-    from ..formats.darknet import Network as DarknetNetwork
     from ..study.checkpoint import Card
     from ..study.data import Dataset
 
 __all__ = [
     "is_cfg",
+    "is_foreign",
     "is_state_dict",
     "note",
-    "open_cfg",
+    "open_foreign",
     "open_network",
     "random_inputs",
     "shape_of",
@@ -72,22 +72,37 @@ def is_cfg(name: str) -> bool:
     return Path(name).suffix == ".cfg"
 
 
+def is_foreign(name: str) -> bool:
+    """Whether a network's name is a file's of another program: Darknet's or Keras's."""
+    return Path(name).suffix in (".cfg", ".keras", ".h5")
+
+
 def is_state_dict(weights: Path | None) -> bool:
     """Whether weights are tensors by name, whichever network they belong to."""
     return weights is not None and weights.suffix in _TENSORS
 
 
-def open_cfg(path: Path, weights: Path | None, convention: str | None) -> DarknetNetwork:
-    """The network of a Darknet .cfg; with the .weights, if that is what the weights are.
+def open_foreign(
+    path: Path, weights: Path | None, convention: str | None
+) -> tuple[nn.Module, tuple[int, ...]]:
+    """The network in another program's file, and the shape of a sample.
 
-    Tells if it has none, for then its weights are random ones.
+    A .cfg comes with its .weights, if that is what the weights are; tells if it has none, for then
+    its weights are random ones.
     """
-    from ..formats import darknet
+    from ..formats import darknet, keras
+
+    if not is_cfg(str(path)):
+        if convention is not None or not (weights is None or is_state_dict(weights)):
+            raise ConfigError(f"{path} has all in it; leave out --convention and --weights")
+        model = keras.load(path)
+        return model, model.shape
 
     if weights is None:
         note(f"no --weights, so {path} has the random weights that training begins with")
     own = None if is_state_dict(weights) else weights
-    return darknet.load(path, own, convention=convention or "darknet-gpu")
+    network = darknet.load(path, own, convention=convention or "darknet-gpu")
+    return network, network.image
 
 
 def test_data(card: Card, name: str | None, folder: Path | None, image_size: int | None) -> Dataset:

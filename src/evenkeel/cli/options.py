@@ -16,7 +16,10 @@ __all__ = [
 Trained = Annotated[Path, typer.Argument(help="What 'evenkeel train' wrote.")]
 NetworkOrFile = Annotated[
     str,
-    typer.Argument(help="package.module:factory, what 'evenkeel train' wrote, or Darknet's .cfg."),
+    typer.Argument(
+        help="package.module:factory, what 'evenkeel train' wrote, Darknet's .cfg, Keras's .keras "
+        "or .h5."
+    ),
 ]
 Weights = Annotated[
     Path | None,

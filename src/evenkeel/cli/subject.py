@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, FormatError, ShapeError, first_line, meant
-from .network import is_cfg, is_state_dict, note, open_cfg, open_network, random_inputs, shape_of
+from .network import (
+    is_foreign,
+    is_state_dict,
+    note,
+    open_foreign,
+    open_network,
+    random_inputs,
+    shape_of,
+)
 from .options import DTYPES
 
 if TYPE_CHECKING:
@@ -31,7 +39,7 @@ class Given:
     """What the command line says of a network; options that do not go together are refused.
 
     Attributes:
-        network: package.module:factory, a file of 'evenkeel train', or a .cfg.
+        network: package.module:factory, a file of 'evenkeel train', of Darknet's or of Keras's.
         weights, classes, model, convention: as the options say.
         inputs, dtypes, example: of the example.
         any_batch: the example is to be a batch.
@@ -57,7 +65,7 @@ class Given:
     @property
     def is_trained(self) -> bool:
         """It is a file of 'evenkeel train'."""
-        return not is_cfg(self.network) and Path(self.network).is_file()
+        return not is_foreign(self.network) and Path(self.network).is_file()
 
     @property
     def sources(self) -> list[Path]:
@@ -81,8 +89,8 @@ class Given:
             given = random_inputs(self.shapes, self.kinds)
         if self.is_trained:
             subject = self._trained(given, where)
-        elif is_cfg(self.network):
-            subject = self._darknet(given, where)
+        elif is_foreign(self.network):
+            subject = self._foreign(given, where)
         else:
             subject = self._made(given, where)
         _try(self.network, subject, self.example)
@@ -90,10 +98,10 @@ class Given:
 
     def _check(self) -> None:
         network, trained = self.network, self.is_trained
-        if not trained and not is_cfg(network) and ":" not in network:
+        if not trained and not is_foreign(network) and ":" not in network:
             raise FormatError(
                 f"{network}: {_missing(Path(network))}; give what 'evenkeel train' wrote, "
-                "package.module:factory, or a Darknet .cfg"
+                "package.module:factory, a Darknet .cfg or a Keras file"
             )
         if trained and (self.weights is not None or self.classes is not None):
             raise ConfigError(
@@ -103,7 +111,7 @@ class Given:
             raise ConfigError(
                 "--model is for a file of 'evenkeel train'; the network is named already"
             )
-        if is_cfg(network) and self.classes is not None:
+        if is_foreign(network) and self.classes is not None:
             raise ConfigError(f"{network} says how many classes it has; leave out --classes")
         if self.example is not None and (self.inputs or self.dtypes):
             raise ConfigError(f"{self.example} has shapes and types; leave out --input and --dtype")
@@ -133,14 +141,14 @@ class Given:
         }
         return Subject(network, given.to(where), about)
 
-    def _darknet(self, given: Any, where: torch.device) -> Subject:
-        """A network of Darknet's files."""
-        network = open_cfg(Path(self.network), self.weights, self.convention)
+    def _foreign(self, given: Any, where: torch.device) -> Subject:
+        """A network of Darknet's files, or of Keras's."""
+        network, shape = open_foreign(Path(self.network), self.weights, self.convention)
         if self.weights is not None and is_state_dict(self.weights):
             _load(network, self.weights)
-        if given is None:  # between 0 and 1, as Darknet's images are
-            given = self._images(network.image).sigmoid()
-        about = {"network": Path(self.network).name, "convention": network.convention}
+        if given is None:  # between 0 and 1, as images are
+            given = self._images(shape).sigmoid()
+        about = {"network": Path(self.network).name}
         return Subject(network.to(where), given.to(where), about)
 
     def _images(self, shape: tuple[int, ...]) -> Any:

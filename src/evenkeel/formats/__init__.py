@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["darknet"]
+__all__ = ["darknet", "keras"]
 
-from . import darknet
+from . import darknet, keras

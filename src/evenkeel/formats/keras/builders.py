@@ -1,0 +1,384 @@
+"""What each class of Keras's layers is here: a module and the shape of what it gives."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from math import prod
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from ...conventions import momentum_from_decay
+from ...nn import Norm
+from . import modules as own
+from .places import Place, Shape, activation_of, layer_activation, pair
+
+__all__ = ["ARITHMETIC", "BUILDERS", "Built"]
+
+Built = tuple[nn.Module, Shape]
+
+
+def chain(**parts: nn.Module) -> nn.Module:
+    """The parts behind each other, without those that do nothing."""
+    kept = {k: m for k, m in parts.items() if not isinstance(m, nn.Identity)}
+    if not kept:
+        return nn.Identity()
+    return next(iter(kept.values())) if len(kept) == 1 else nn.Sequential(OrderedDict(kept))
+
+
+class _Window:
+    """A kernel or pooling window over images: how it pads, and what sizes come out."""
+
+    def __init__(self, place: Place, size: tuple[int, int], stride: tuple[int, int]) -> None:
+        dilation = pair(place, "dilation_rate")
+        spans = [(k - 1) * d + 1 for k, d in zip(size, dilation, strict=True)]
+        self.size, self.stride, self.dilation = size, stride, dilation
+        self.sides = [0, 0, 0, 0]
+        """Of the padding: left, right, top, bottom, as torch has it."""
+        padding = place.config.get("padding", "valid")
+        if padding not in ("same", "valid"):
+            raise place.error(f"padding='{padding}' is not supported")
+        _, *lengths = place.image
+        out = []
+        for at, (length, span, step) in enumerate(zip(lengths, spans, stride, strict=True)):
+            total = 0
+            if padding == "same":
+                total = max((-(-length // step) - 1) * step + span - length, 0)
+            self.sides[2 * (1 - at)], self.sides[2 * (1 - at) + 1] = total // 2, total - total // 2
+            out.append((length + total - span) // step + 1)
+        self.out: tuple[int, int] = (out[0], out[1])
+
+    @property
+    def padding(self) -> tuple[int, int] | None:
+        """Before and behind alike, for height and width; None where they differ."""
+        left, right, top, bottom = self.sides
+        return (top, left) if left == right and top == bottom else None
+
+
+def _convolution(
+    place: Place, weight: Tensor, bias: Tensor | None, groups: int, window: _Window
+) -> nn.Module:
+    conv = nn.Conv2d(
+        weight.shape[1] * groups, weight.shape[0], window.size, window.stride,
+        window.padding or 0, window.dilation, groups, bias=bias is not None,
+    )  # fmt: skip
+    _set(conv, weight, bias)
+    pad = nn.Identity() if window.padding is not None else nn.ZeroPad2d(tuple(window.sides))  # type: ignore[arg-type]
+    return chain(pad=pad, conv=conv)
+
+
+@torch.no_grad()
+def _set(layer: Any, weight: Tensor, bias: Tensor | None) -> None:
+    layer.weight.copy_(weight)
+    if bias is not None:
+        layer.bias.copy_(bias)
+
+
+def _behind(place: Place, module: nn.Module, shape: Shape) -> Built:
+    """A layer with the activation that its config names."""
+    after = Place(place.name, place.kind, place.config, [shape], place.first, [])
+    activation = activation_of(after, place.config.get("activation"))
+    return chain(layer=module, activation=activation), shape
+
+
+def _bias(place: Place, count: int) -> Tensor | None:
+    return place.take("bias", count) if place.flag("use_bias", True) else None
+
+
+def _conv(place: Place) -> Built:
+    channels, *_ = place.image
+    filters, groups = int(place.config["filters"]), int(place.config.get("groups", 1))
+    window = _Window(place, pair(place, "kernel_size"), pair(place, "strides"))
+    if channels % groups or filters % groups:
+        raise place.error(f"groups={groups} do not divide {channels} and {filters} channels")
+    kernel = place.take("kernel", *window.size, channels // groups, filters)
+    conv = _convolution(place, kernel.permute(3, 2, 0, 1), _bias(place, filters), groups, window)
+    return _behind(place, conv, place.images(filters, *window.out))
+
+
+def _depthwise(place: Place) -> Built:
+    channels, *_ = place.image
+    times = int(place.config.get("depth_multiplier", 1))
+    window = _Window(place, pair(place, "kernel_size"), pair(place, "strides"))
+    kernel = place.take("kernel", *window.size, channels, times)
+    weight = kernel.permute(2, 3, 0, 1).reshape(channels * times, 1, *window.size)
+    conv = _convolution(place, weight, _bias(place, channels * times), channels, window)
+    return _behind(place, conv, place.images(channels * times, *window.out))
+
+
+def _separable(place: Place) -> Built:
+    channels, *_ = place.image
+    times, filters = int(place.config.get("depth_multiplier", 1)), int(place.config["filters"])
+    window = _Window(place, pair(place, "kernel_size"), pair(place, "strides"))
+    kernel = place.take("depthwise kernel", *window.size, channels, times)
+    point = place.take("pointwise kernel", 1, 1, channels * times, filters)
+    weight = kernel.permute(2, 3, 0, 1).reshape(channels * times, 1, *window.size)
+    bias = _bias(place, filters)
+    last = nn.Conv2d(channels * times, filters, 1, bias=bias is not None)
+    _set(last, point.permute(3, 2, 0, 1), bias)
+    depthwise = _convolution(place, weight, None, channels, window)
+    both = nn.Sequential(OrderedDict(depthwise=depthwise, pointwise=last))
+    return _behind(place, both, place.images(filters, *window.out))
+
+
+def _transposed(place: Place) -> Built:
+    channels, *lengths = place.image
+    filters, size, stride = (
+        int(place.config["filters"]),
+        pair(place, "kernel_size"),
+        pair(place, "strides"),
+    )
+    if place.config.get("output_padding") or pair(place, "dilation_rate") != (1, 1):
+        raise place.error("output_padding and dilation are not supported")
+    kernel = place.take("kernel", *size, filters, channels)
+    bias = _bias(place, filters)
+    conv = nn.ConvTranspose2d(channels, filters, size, stride, bias=bias is not None)
+    _set(conv, kernel.permute(3, 2, 0, 1), bias)
+    out, sides = [], []
+    for length, k, s in zip(lengths, size, stride, strict=True):
+        if k < s:
+            raise place.error("a stride larger than the kernel is not supported")
+        spare = k - s if place.config.get("padding", "valid") == "same" else 0
+        sides += [spare // 2, spare - spare // 2]
+        out.append(length * s + k - s - spare)
+    crop = own.Crop(sides) if any(sides) else nn.Identity()
+    return _behind(place, chain(conv=conv, crop=crop), place.images(filters, out[0], out[1]))
+
+
+def _dense(place: Place) -> Built:
+    units, count = int(place.config["units"]), place.shape[-1]
+    kernel = place.take("kernel", count, units)
+    bias = _bias(place, units)
+    if len(place.shape) == 1:
+        linear: nn.Module = nn.Linear(count, units, bias=bias is not None)
+        _set(linear, kernel.T, bias)
+        return _behind(place, linear, (units,))
+    if len(place.shape) != 3 or place.first:
+        raise place.error(f"on values of {place.shape} it is not supported")
+    conv = nn.Conv2d(count, units, 1, bias=bias is not None)
+    _set(conv, kernel.T[:, :, None, None], bias)
+    return _behind(place, conv, (*place.shape[:-1], units))
+
+
+def _batch_normalization(place: Place) -> Built:
+    axis = place.config.get("axis", -1)
+    axis = axis[0] if isinstance(axis, list) and len(axis) == 1 else axis  # as Keras 2 has it
+    if not isinstance(axis, int) or len(place.shape) not in (1, 3):
+        raise place.error(f"axis={axis} of values of {place.shape} is not supported")
+    if place.flag("renorm", False):
+        raise place.error("batch renormalization is not supported")
+    dim = place.axis(axis)
+    count = place.shape[(axis + len(place.shape) + 1 if axis < 0 else axis) - 1]
+    eps = float(place.config.get("epsilon", 1e-3))
+    momentum = momentum_from_decay(float(place.config.get("momentum", 0.99)))
+    norm: Any
+    if len(place.shape) == 1:
+        norm = nn.BatchNorm1d(count, eps, momentum)
+    elif dim == 1:
+        norm = nn.BatchNorm2d(count, eps, momentum)
+    else:
+        owner = "nchw"[dim]
+        sizes: dict[str, Any] = {owner: count}
+        norm = Norm(f"n c h w -> {owner}", eps=eps, momentum=momentum, **sizes)
+    weight = place.take("gamma", count) if place.flag("scale", True) else torch.ones(count)
+    bias = place.take("beta", count) if place.flag("center", True) else torch.zeros(count)
+    _set(norm, weight, bias)
+    for name, statistic in (
+        ("moving_mean", norm.running_mean),
+        ("moving_variance", norm.running_var),
+    ):
+        statistic.copy_(place.take(name, count))
+    if not bool((norm.running_var >= 0).all()):
+        raise place.error("its moving_variance has values below 0, or that are no numbers")
+    return norm, place.shape
+
+
+def _pooling(place: Place) -> Built:
+    channels, *_ = place.image
+    size = pair(place, "pool_size", 2)
+    window = _Window(place, size, pair(place, "strides", list(size)))
+    shape = place.images(channels, *window.out)
+    if place.kind == "AveragePooling2D":
+        if window.padding is None:
+            return own.Average(size, window.stride, window.sides), shape
+        return nn.AvgPool2d(size, window.stride, window.padding, count_include_pad=False), shape
+    fits = window.padding is not None and all(
+        2 * p <= k for p, k in zip(window.padding, size, strict=True)
+    )
+    if fits:
+        return nn.MaxPool2d(size, window.stride, window.padding or 0), shape
+    pad = nn.ConstantPad2d(tuple(window.sides), float("-inf"))  # type: ignore[arg-type]
+    return nn.Sequential(pad, nn.MaxPool2d(size, window.stride)), shape
+
+
+def _global(place: Place) -> Built:
+    channels, *_ = place.image
+    keep = place.flag("keepdims", False)
+    module = own.Pool(place.kind.startswith("GlobalMax"), keep)
+    return module, place.images(channels, 1, 1) if keep else (channels,)
+
+
+def _moved(place: Place, shape: Shape, order: list[int] | None = None) -> Built:
+    def are_images(values: Shape) -> bool:
+        return len(values) == 3 and not place.first
+
+    flat = None if order is not None else shape
+    module = own.AsKeras(are_images(place.shape), are_images(shape), flat, order)
+    if len(shape) not in (1, 3):
+        raise place.error(f"values of {shape} are neither vectors nor images")
+    return module, shape
+
+
+def _flatten(place: Place) -> Built:
+    count = prod(place.shape)
+    if len(place.shape) == 1:
+        return nn.Identity(), place.shape
+    if place.first or place.image[1:] == (1, 1):
+        # With channels first Keras still counts places before channels.
+        order = [2, 3, 1] if place.first and place.image[1:] != (1, 1) else None
+        parts = {"order": own.AsKeras(False, False, None, order)} if order else {}
+        return chain(**parts, flatten=nn.Flatten()), (count,)
+    return _moved(place, (count,))
+
+
+def _reshape(place: Place) -> Built:
+    target = [int(size) for size in place.config["target_shape"]]
+    count = prod(place.shape)
+    if target.count(-1) == 1:
+        target[target.index(-1)] = count // abs(prod(target))
+    if prod(target) != count or min(target, default=0) < 1:
+        raise place.error(f"{place.shape} cannot become {tuple(target)}")
+    return _moved(place, tuple(target))
+
+
+def _permute(place: Place) -> Built:
+    order = [int(axis) for axis in place.config["dims"]]
+    if sorted(order) != list(range(1, len(place.shape) + 1)):
+        raise place.error(f"dims={order} of {place.shape}")
+    return _moved(place, tuple(place.shape[axis - 1] for axis in order), order)
+
+
+def _sides(place: Place, key: str) -> tuple[int, int, int, int]:
+    value = place.config[key]
+    value = [value, value] if isinstance(value, int) else value
+    rows, columns = ([v, v] if isinstance(v, int) else list(v) for v in value)
+    top, bottom, left, right = (int(n) for n in (*rows, *columns))
+    if min(top, bottom, left, right) < 0:
+        raise place.error(f"{key}={value} is below 0")
+    return top, bottom, left, right
+
+
+def _zero_padding(place: Place) -> Built:
+    c, h, w = place.image
+    top, bottom, left, right = _sides(place, "padding")
+    return nn.ZeroPad2d((left, right, top, bottom)), place.images(
+        c, h + top + bottom, w + left + right
+    )
+
+
+def _cropping(place: Place) -> Built:
+    c, h, w = place.image
+    sides = _sides(place, "cropping")
+    return own.Crop(sides), place.images(c, h - sum(sides[:2]), w - sum(sides[2:]))
+
+
+def _up_sampling(place: Place) -> Built:
+    c, h, w = place.image
+    a, b = pair(place, "size", 2)
+    how = place.config.get("interpolation", "nearest")
+    if how not in ("nearest", "bilinear"):
+        raise place.error(f"interpolation='{how}' is not supported")
+    up = nn.Upsample(scale_factor=(a, b), mode=how)
+    return up, place.images(c, h * a, w * b)
+
+
+def _merge(place: Place) -> Built:
+    if place.config.get("number") is not None:
+        number, at = place.config["number"]
+        return own.WithNumber(place.kind, number, at == 0), place.shape
+    if len(place.given) < 2:
+        raise place.error("it is given one value")
+    if len({len(shape) for shape in place.given}) > 1:
+        raise place.error(f"it is given {', '.join(map(str, place.given))}")
+    try:
+        shape = torch.broadcast_shapes(*place.given)  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise place.error(f"it is given {', '.join(map(str, place.given))}") from error
+    return own.Merge(place.kind), tuple(shape)
+
+
+def _concatenate(place: Place) -> Built:
+    axis = int(place.config.get("axis", -1))
+    dim, at = place.axis(axis), axis if axis < 0 else axis - 1
+    others = {(*shape[:at], *shape[at:][1:]) for shape in place.given}
+    if dim == 0 or len(others) > 1:
+        raise place.error(f"{', '.join(map(str, place.given))} cannot be joined on axis {axis}")
+    shape = list(place.shape)
+    shape[at] = sum(given[at] for given in place.given)
+    return own.Concatenate(dim), tuple(shape)
+
+
+def _rescaling(place: Place) -> Built:
+    def numbers(value: Any) -> Tensor:
+        found = torch.tensor(value, dtype=torch.float32)
+        return _per_channel(place, found)
+
+    scale, offset = place.config["scale"], place.config.get("offset", 0.0)
+    return own.Affine(numbers(scale), numbers(offset)), place.shape
+
+
+def _normalization(place: Place) -> Built:
+    """Keras's Normalization: of the data, with fixed numbers."""
+    if place.flag("invert", False):
+        raise place.error("invert=True is not supported")
+    count = place.shape[0 if place.first and len(place.shape) == 3 else -1]
+    if place.config.get("mean") is not None:
+        mean, variance = (torch.tensor(place.config[k]).float() for k in ("mean", "variance"))
+    else:
+        mean, variance = place.take("mean", count), place.take("variance", count)
+        place.arrays.clear()  # how many values were seen
+    scale = 1 / variance.sqrt().clamp(min=1e-7)
+    return own.Affine(_per_channel(place, scale), _per_channel(place, -mean * scale)), place.shape
+
+
+def _per_channel(place: Place, values: Tensor) -> Tensor:
+    values = values.flatten() if values.numel() > 1 else values.reshape(())
+    return values[:, None, None] if values.dim() and len(place.shape) == 3 else values
+
+
+def _dropout(place: Place) -> Built:
+    rate = float(place.config["rate"])
+    kind = nn.Dropout2d if place.kind == "SpatialDropout2D" else nn.Dropout
+    return kind(rate), place.shape
+
+
+def _activation(place: Place) -> Built:
+    return activation_of(place, place.config["activation"]), place.shape
+
+
+def _activation_layer(place: Place) -> Built:
+    return layer_activation(place, place.kind, place.config), place.shape
+
+
+def _same(place: Place) -> Built:
+    return nn.Identity(), place.shape
+
+
+ARITHMETIC: Final = ("Add", "Multiply", "Subtract", "Maximum", "Minimum")
+"""What may be called with a number: ``x + 3`` is an Add to Keras."""
+
+BUILDERS: Final[dict[str, Callable[[Place], Built]]] = {
+    "Activation": _activation, "Add": _merge, "Average": _merge, "AveragePooling2D": _pooling,
+    "BatchNormalization": _batch_normalization, "Concatenate": _concatenate, "Conv2D": _conv,
+    "Conv2DTranspose": _transposed, "Cropping2D": _cropping, "Dense": _dense,
+    "DepthwiseConv2D": _depthwise, "Dropout": _dropout, "ELU": _activation_layer,
+    "Flatten": _flatten, "GlobalAveragePooling2D": _global, "GlobalMaxPooling2D": _global,
+    "LeakyReLU": _activation_layer, "MaxPooling2D": _pooling, "Maximum": _merge,
+    "Minimum": _merge, "Multiply": _merge, "Normalization": _normalization, "Permute": _permute,
+    "ReLU": _activation_layer, "Rescaling": _rescaling, "Reshape": _reshape,
+    "SeparableConv2D": _separable, "Softmax": _activation_layer, "SpatialDropout2D": _dropout,
+    "Subtract": _merge, "UpSampling2D": _up_sampling, "ZeroPadding2D": _zero_padding,
+    "ActivityRegularization": _same,
+}  # fmt: skip
