@@ -87,6 +87,19 @@ def test_a_factorys_network_to_darknet(command, nets):  # noqa: F811
     assert len(darknet.load("whole.cfg", "whole.weights").layers) == 1
 
 
+def test_a_file_in_capitals(command, tiny):
+    Path("net.cfg").rename("NET.CFG")
+    words = ("NET.CFG", "--weights", "net.weights", "-o", "new.CFG")
+    assert command("convert", *words)[0] == 0
+    assert Path("new.weights").read_bytes() == Path("net.weights").read_bytes()
+
+
+def test_folding_keeps_the_options_for_training(command, tiny):
+    Path("net.cfg").write_text(SOURCE.replace("[net]", "[net]\nlearning_rate=0.25"))
+    assert command("fold", *GIVEN, "-o", "folded.cfg")[0] == 0
+    assert "learning_rate=0.25" in Path("folded.cfg").read_text()
+
+
 @pytest.mark.parametrize("out", ["folded.cfg", "folded.onnx"])
 def test_folding(command, tiny, out):
     code, said, err = command("fold", *GIVEN, "-o", out)
@@ -150,7 +163,9 @@ def test_keras(command, tmp_path, out):
             "none.weights: there is no such",
         ),
         (("none.cfg", "-o", "a.onnx"), "none.cfg: there is no such file"),
-        ((*GIVEN, "-o", "a.tflite"), "a network is not written as '.tflite'"),
+        ((*GIVEN, "-o", "a.tflite"), "'.tflite'; choose .pt2, .onnx, .cfg, .safetensors"),
+        ((*GIVEN, "-o", "a.weights"), "a network is not written as '.weights'"),
+        (("net.weights", "-o", "a.onnx"), "give its .cfg, and it as --weights"),
         ((*GIVEN, "-o", "net.cfg"), "net.cfg is what the network is made of"),
         ((*GIVEN, "-o", "x/a.cfg"), "there is no folder x"),
         ((*GIVEN, "-o", "a.cfg", "--opset", "18"), "--opset is ONNX's"),

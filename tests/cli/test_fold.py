@@ -340,7 +340,10 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            (("-o", "o.onxx"), "'.onxx' (did you mean '.onnx'?); choose .pt2, .onnx, .safetensors"),
+            (
+                ("-o", "o.onxx"),
+                "'.onxx' (did you mean '.onnx'?); choose .pt2, .onnx, .cfg, .safetensors",
+            ),
             (("-o", "."), "--out . is a folder; name a file in it"),
             (("-o", "a/b.onnx"), "there is no folder a; make it first"),
             (("-o", "old.pt2"), "old.pt2 is there already; replace it with --overwrite"),

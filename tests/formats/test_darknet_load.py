@@ -23,7 +23,7 @@ CLASSIFIER = text(
     (2, 9, 11),
     "convolutional batch_normalize=1 filters=6 size=3 pad=1 activation=leaky",
     "maxpool size=2 stride=2",
-    "convolutional batch_normalize=1 filters=8 size=3 stride=2 pad=1 groups=2 activation=mish",
+    "convolutional batch_normalize=1 filters=8 size=3 stride=2 pad=1 groups=2 activation=elu",
     "dropout probability=.3",
     "maxpool size=2 stride=1",
     "connected batch_normalize=1 output=7 activation=relu",
@@ -34,8 +34,8 @@ CLASSIFIER = text(
 DETECTOR = text(
     (3, 8, 8),
     "convolutional batch_normalize=1 filters=4 size=3 pad=1 activation=leaky",
-    "convolutional batch_normalize=1 filters=8 size=3 stride=2 pad=1 activation=swish",
-    "shortcut from=-2 activation=relu",
+    "convolutional batch_normalize=1 filters=8 size=3 stride=2 pad=1 activation=selu",
+    "shortcut from=-1 activation=relu",
     "convolutional filters=8 size=1 activation=linear",
     "shortcut from=1 activation=leaky",
     "route layers=-1 groups=2 group_id=1",
@@ -59,7 +59,7 @@ OTHERS = text(
     "activation activation=ramp",
     "convolutional batch_normalize=1 filters=8 size=3 stride=3 activation=logistic flipped=1",
     "avgpool",
-    "convolutional filters=8 activation=relu6",
+    "convolutional filters=8 activation=relu",
     "scale_channels from=-3 activation=loggy",
     "sam from=6",
     "convolutional filters=14 size=1 activation=linear",
@@ -237,8 +237,12 @@ def test_bad_weights(tmp_path, change, text_of_error):
 def test_a_boundless_network_takes_no_memory(tmp_path):
     """A .cfg may say anything; the weights' size is looked at first."""
     source = text((3, 8, 8), "convolutional filters=1000000 size=1001 pad=1 activation=relu")
-    with pytest.raises(FormatError, match=r"is it of another \.cfg"):
+    with pytest.raises(
+        FormatError, match=r"it asks for 3,\d{3},\d{3},\d{3},\d{3} weights, more than"
+    ):
         loaded(tmp_path, source, weights_for(CLASSIFIER))
+    with pytest.raises(FormatError, match="weights, more than"):
+        darknet.load(tmp_path / "net.cfg")
 
 
 @pytest.mark.parametrize(
@@ -290,9 +294,81 @@ def test_bad_places(tmp_path):
         darknet.load(path, tmp_path)
     with pytest.raises(ConfigError, match=r"'darknet-cup' is no build of Darknet \(did you mean"):
         darknet.load(path, convention="darknet-cup")
-    (tmp_path / "bytes.cfg").write_bytes(b"[net]\n\xff\xfe")
-    with pytest.raises(FormatError, match="cannot be read as text"):
-        darknet.load(tmp_path / "bytes.cfg")
+    with pytest.raises(FormatError, match="cannot be read"):
+        darknet.load(tmp_path / ("x" * 300))
+    with pytest.raises(FormatError, match="cannot be read"):
+        darknet.load(path, tmp_path / ("x" * 300))
+
+
+def test_text_that_is_not_ascii(tmp_path):
+    """A byte order mark, and a comment in whatever somebody's editor writes."""
+    text = "\ufeff" + CLASSIFIER + "\n# gr\xfc\xdfe"
+    (tmp_path / "a.cfg").write_bytes(text.encode("utf-8"))
+    (tmp_path / "b.cfg").write_bytes(text[1:].encode("latin-1"))
+    assert [len(darknet.load(tmp_path / name).layers) for name in ("a.cfg", "b.cfg")] == [9, 9]
+
+
+FLAT = text(
+    (3, 8, 6),
+    "convolutional filters=4 size=3 pad=1 activation=leaky",
+    "avgpool",
+    "connected output=5 activation=relu",
+    "connected output=4 activation=logistic",
+    "scale_channels from=0",
+    "avgpool",
+    "shortcut from=3",
+    "route layers=3,1",
+    "reorg stride=1",
+    "upsample stride=2",
+    "connected output=4 activation=linear",
+    "upsample stride=2",
+    "route layers=-2",
+    "shortcut from=1",
+    "crop crop_height=1 crop_width=1 noadjust=1",
+)
+
+
+def test_flat_values_are_images_of_one_place(tmp_path):
+    data, x = weights_for(FLAT), image(3, 8, 6)
+    network = loaded(tmp_path, FLAT, data)
+    (y,), (z,) = outputs(network, x), expected(FLAT, data, x, False)
+    np.testing.assert_allclose(y, z, rtol=2e-5, atol=2e-5)
+    evenkeel.fold(network, x)
+
+
+@pytest.mark.parametrize(
+    ("sections", "convention", "message"),
+    [
+        (["convolutional filters=2 stride=2"], "darknet-cpu", "a mistake of its own"),
+        (["maxpool", "maxpool size=2 stride=2", "shortcut from=0"], "alexeyab-gpu", "by its place"),
+        (["maxpool", "shortcut from=0 beta=2"], "alexeyab-gpu", "does not know alpha and beta"),
+        (["softmax spatial=1"], "darknet-cpu", "spatial=1 is for a GPU"),
+        (["softmax spatial=1 temperature=2"], "darknet-gpu", "spatial=1 is for a GPU"),
+    ],
+)  # fmt: skip
+def test_what_differs_between_programs(tmp_path, sections, convention, message):
+    path, _ = written(tmp_path, text((2, 8, 8), *sections), b"")
+    with pytest.raises(FormatError, match=message):
+        darknet.load(path, convention=convention)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (["convolutional filters=99999999999999999999"], "more than Darknet can count"),
+        (["convolutional filters=" + "9" * 5000], "more than Darknet can count"),
+        (["connected output=2147483646"], "weights, more than"),
+        (["maxpool", *["route layers=-1,-1,-1,-1"] * 50, "convolutional"], "more values than"),
+        (["maxpool", "route layers=" + "0," * 5000 + "0"], "no list of whole numbers"),
+        (["rnn output=3"], "this kind of layer"),
+    ],
+)
+def test_numbers_beyond_reason(tmp_path, sections, message):
+    source = text((2, 8, 8), *sections)
+    path, weights = written(tmp_path, source, weights_for(CLASSIFIER))
+    for given in (None, weights):
+        with pytest.raises(FormatError, match=message):
+            darknet.load(path, given)
 
 
 def test_it_folds_and_accelerates(tmp_path):

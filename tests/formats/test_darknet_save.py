@@ -132,6 +132,37 @@ def test_functions_sums_and_routes(tmp_path):
     assert {"route", "shortcut", "softmax", "dropout", "avgpool"} <= set(names)
 
 
+class Two(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 1)
+        self.relu = nn.ReLU(inplace=True)
+        self.how = how
+
+    def forward(self, x: Tensor, *more: Tensor) -> object:
+        y = self.conv(x)
+        if self.how == "image":
+            return y + x
+        if self.how == "functions":
+            up = F.interpolate(F.leaky_relu(y, 0.1), scale_factor=2)
+            return F.elu(up).view(x.size(0), -1)
+        if self.how == "alias":
+            return self.conv(self.relu(y)) + y
+        if self.how == "means":
+            return y.mean()
+        if self.how == "outputs":
+            return y, y
+        if self.how == "product":
+            return y * 2
+        if self.how == "wide":
+            return y + y.mean((2, 3), keepdim=True)
+        if self.how == "reshape":
+            return y.reshape(2, 4, -1)
+        if self.how == "branch":
+            return y if y.sum() > 0 else -y
+        return torch.cat([y, y], 2)
+
+
 def small(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), *layers)
 
@@ -150,11 +181,15 @@ def small(*layers: nn.Module) -> nn.Module:
         nn.Sequential(nn.BatchNorm2d(2), nn.Conv2d(2, 3, 1), nn.Identity()),
         nn.Sequential(nn.ReLU(), nn.Conv2d(2, 3, 2, 2, 1)),
         small(evenkeel.BatchNorm2d(4), nn.ReLU()),
+        nn.Sequential(nn.Dropout(0.2), nn.LeakyReLU(0.1, inplace=True), nn.Conv2d(2, 3, 1, 2)),
+        small(nn.AvgPool2d(1, 2), nn.AdaptiveAvgPool2d((3, 3)), nn.Conv2d(4, 2, 1, 2, bias=False)),
+        Two("image"),
+        Two("functions"),
     ],
-    ids=range(11),
+    ids=range(15),
 )
 def test_layers(tmp_path, network):
-    agrees(tmp_path, stirred(network), image(2, 6, 6))
+    agrees(tmp_path, stirred(network), image(2, 6, 6), convention="alexeyab-gpu")
 
 
 def test_variances_below_darknets_epsilon(tmp_path):
@@ -166,34 +201,13 @@ def test_variances_below_darknets_epsilon(tmp_path):
         agrees(tmp_path, network, image(2, 3, 3), convention=convention)
 
 
-class Two(nn.Module):
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(2, 2, 1)
-        self.how = how
-
-    def forward(self, x: Tensor, *more: Tensor) -> object:
-        y = self.conv(x)
-        if self.how == "image":
-            return y + x
-        if self.how == "outputs":
-            return y, y
-        if self.how == "product":
-            return y * 2
-        if self.how == "wide":
-            return y + y.mean((2, 3), keepdim=True)
-        if self.how == "reshape":
-            return y.reshape(2, 4, -1)
-        if self.how == "branch":
-            return y if y.sum() > 0 else -y
-        return torch.cat([y, y], 2)
-
-
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 @pytest.mark.parametrize(
     ("network", "message"),
     [
-        (Two("image"), "cannot reach back to the image"),
+        (Two("alias"), "'relu', relu (ReLU), cannot be written for Darknet: it writes over"),
+        (Two("means"), "averages whole images"),
+        (small().bfloat16(), "0.weight is in bfloat16, and Darknet computes in float32"),
         (Two("outputs"), "Darknet's networks give one output"),
         (Two("product"), "'mul', mul, cannot be written for Darknet: Darknet has no layer for it"),
         (Two("wide"), "its values are of different shapes"),
@@ -233,6 +247,15 @@ def test_bad_calls(tmp_path):
     network, x = small(), image(2, 6, 6)
     with pytest.raises(ConfigError, match="give an example, a batch of images"):
         darknet.save(network, tmp_path / "a.cfg", tmp_path / "a.weights")
+    with pytest.raises(ConfigError, match="the example has no image"):
+        darknet.save(network, tmp_path / "a.cfg", tmp_path / "a.weights", x[:0])
+    zero = nn.Sequential(nn.Conv2d(2, 2, 1), nn.ReLU6())
+    nn.init.zeros_(zero[0].weight)
+    nn.init.zeros_(zero[0].bias)
+    with pytest.raises(SurgeryError, match="nothing but zeros"):
+        darknet.save(zero, tmp_path / "a.cfg", tmp_path / "a.weights", x, convention="alexeyab-gpu")
+    with pytest.raises(ConfigError, match="has swish, which only AlexeyAB's Darknet knows"):
+        darknet.save(small(nn.SiLU()), tmp_path / "a.cfg", tmp_path / "a.weights", x)
     with pytest.raises(ConfigError, match="two files"):
         darknet.save(network, tmp_path / "a", tmp_path / "a", x)
     with pytest.raises(ConfigError, match="'torch' is no build of Darknet"):
@@ -267,6 +290,57 @@ def test_files_that_compute_something_else_are_not_kept(tmp_path, monkeypatch):
         darknet.save(small(), *paths, image(2, 6, 6))
     assert paths[1].read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_no_longer_is_what_the_cfg_says(tmp_path):
+    """Without an example it is run on a random image, too."""
+    network = loaded(tmp_path, CLASSIFIER, weights_for(CLASSIFIER))
+    network.layers[0].activation = nn.Tanh()
+    with pytest.raises(SurgeryError, match="would differ"):
+        darknet.save(network, tmp_path / "a.cfg", tmp_path / "a.weights")
+    network.layers[2].norm.running_var[1] = -1
+    with pytest.raises(SurgeryError, match=r"layers\.2\.norm\.running_var has values below 0"):
+        darknet.save(network, tmp_path / "a.cfg", tmp_path / "a.weights")
+
+
+@pytest.mark.parametrize("convention", ["darknet-cpu", "darknet-gpu"])
+def test_a_folded_detector_keeps_its_sections(tmp_path, convention):
+    source = DETECTOR.replace("[net]", "[net]\nlearning_rate=0.5").replace(
+        "[batchnorm]", "[avgpool]"
+    )
+    source = source.replace("[avgpool]", "[activation]\nactivation=leaky")
+    network = loaded(tmp_path, source, weights_for(source), convention=convention)
+    x = image(3, 8, 8)
+    folded, report = evenkeel.fold(network, x)
+    assert not report.left
+    saved = darknet.save(folded, tmp_path / "f.cfg", tmp_path / "f.weights", x, like=network)
+    kept = oracle.sections((tmp_path / "f.cfg").read_text())
+    wanted = [(name, {k: v for k, v in options.items() if k != "batch_normalize"})
+              for name, options in oracle.sections(source)]  # fmt: skip
+    assert kept == wanted
+    assert (tmp_path / "f.weights").read_bytes()[:20] == (tmp_path / "net.weights").read_bytes()[
+        :20
+    ]
+    assert saved.convention == convention
+
+
+def test_a_norm_that_is_folded_forward_is_traced(tmp_path):
+    source = text(
+        (2, 6, 6), "convolutional filters=3 activation=leaky", "batchnorm",
+        "convolutional filters=4 size=1 activation=linear",
+    )  # fmt: skip
+    network = loaded(tmp_path, source, weights_for(source))
+    x = image(2, 6, 6)
+    folded, report = evenkeel.fold(network, x)
+    assert not report.left
+    darknet.save(folded, tmp_path / "f.cfg", tmp_path / "f.weights", x, like=network)
+    assert "batchnorm" not in (tmp_path / "f.cfg").read_text()
+    torch.testing.assert_close(
+        darknet.load(tmp_path / "f.cfg", tmp_path / "f.weights")(x),
+        network(x),
+        atol=1e-5,
+        rtol=1e-4,
+    )
 
 
 def test_trained_further_and_written(tmp_path):

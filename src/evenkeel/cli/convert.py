@@ -71,6 +71,7 @@ def convert(
         written = write_out(
             subject.network, subject.example, out,
             dynamic_batch=dynamic_batch, opset=opset, about=subject.about, convention=convention,
+            source=subject.network,
         )  # fmt: skip
     if as_json:
         typer.echo(json.dumps({"network": network, "file": written.to_dict()}, indent=1))

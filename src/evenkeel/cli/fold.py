@@ -95,6 +95,7 @@ def fold(
             file = write_out(
                 folded, subject.example, out,
                 dynamic_batch=dynamic_batch, opset=opset, about=about, convention=convention,
+                source=subject.network,
             )  # fmt: skip
     if as_json:
         kept = None if file is None else file.to_dict()

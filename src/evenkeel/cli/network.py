@@ -69,12 +69,12 @@ def open_network(
 
 def is_cfg(name: str) -> bool:
     """Whether a network's name is a Darknet file's."""
-    return Path(name).suffix == ".cfg"
+    return Path(name).suffix.lower() == ".cfg"
 
 
 def is_foreign(name: str) -> bool:
     """Whether a network's name is a file's of another program: Darknet's or Keras's."""
-    return Path(name).suffix in (".cfg", ".keras", ".h5")
+    return Path(name).suffix.lower() in (".cfg", ".keras", ".h5")
 
 
 def is_state_dict(weights: Path | None) -> bool:

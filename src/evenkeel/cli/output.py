@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import ConfigError
+from ..errors import ConfigError, meant
 from .console import check_free, check_place
 from .network import is_cfg
 
@@ -22,6 +22,8 @@ FORMATS: Final = (
     "weights alone."
 )
 
+_SUFFIXES: Final = (".pt2", ".onnx", ".cfg", ".safetensors")
+
 
 def check_out(out: Path, opset: int | None, overwrite: bool, sources: list[Path]) -> None:
     """Refuses a file that cannot be written before the work, not behind it.
@@ -32,6 +34,11 @@ def check_out(out: Path, opset: int | None, overwrite: bool, sources: list[Path]
     from ..surgery.export import check_target
 
     check_place(out)
+    if out.suffix.lower() not in _SUFFIXES:
+        raise ConfigError(
+            f"{out}: a network is not written as '{out.suffix}'{meant(out.suffix, _SUFFIXES)}; "
+            f"choose {', '.join(_SUFFIXES)}"
+        )
     if is_cfg(str(out)):
         if opset is not None:
             raise ConfigError("--opset is ONNX's; leave it out, or write .onnx")
@@ -52,8 +59,9 @@ def write_out(
     opset: int | None,
     about: dict[str, Any],
     convention: str | None,
+    source: nn.Module,
 ) -> Exported | Saved:
-    """Writes a network, reads it back and compares."""
+    """Writes a network, reads it back and compares; ``source`` is what it was made of."""
     if not is_cfg(str(out)):
         from ..surgery.export import export
 
@@ -61,7 +69,8 @@ def write_out(
     from ..formats import darknet
 
     cfg, weights = _files(out)
-    return darknet.save(network, cfg, weights, example, convention=convention)
+    like = source if isinstance(source, darknet.Network) else None
+    return darknet.save(network, cfg, weights, example, convention=convention, like=like)
 
 
 def _files(out: Path) -> list[Path]:

@@ -98,6 +98,8 @@ class Given:
 
     def _check(self) -> None:
         network, trained = self.network, self.is_trained
+        if Path(network).suffix == ".weights":
+            raise ConfigError(f"{network} has numbers alone; give its .cfg, and it as --weights")
         if not trained and not is_foreign(network) and ":" not in network:
             raise FormatError(
                 f"{network}: {_missing(Path(network))}; give what 'evenkeel train' wrote, "

@@ -35,6 +35,11 @@ def _convolutional(place: Place) -> Built:
     dilation = section.at_least("dilation", 1, 1) if size > 1 else 1
     if dilation > 1 and 2 * padding != size - 1:
         raise section.error("a dilated convolution must be padded by half of its size")
+    if size == 1 and max(steps) > 1 and place.convention.name == "darknet-cpu":
+        raise section.error(
+            f"pjreddie's program takes the first places of each channel for size=1 with stride="
+            f"{stride}, which is a mistake of its own; other builds skip places"
+        )
     for what, count in (("input", given.c), ("output", filters)):
         if count % groups:
             raise section.error(f"groups={groups} do not divide {count} {what} channels")
@@ -107,17 +112,24 @@ def _shortcut(place: Place) -> Built:
     if not sources:
         raise section.error("it must say from=")
     alpha, beta = section.number("alpha", 1), section.number("beta", 1)
+    if place.is_alexeyabs and (alpha, beta) != (1, 1):
+        raise section.error("AlexeyAB's program does not know alpha and beta; leave them out")
     channels, stride, spread = None, 1, 1
     for other in (place.shapes[number] for number in sources):
-        if (other.c, other.h, other.w, other.flat) == (given.c, given.h, given.w, given.flat):
+        if (other.c, other.h, other.w) == (given.c, given.h, given.w):
             continue
         stride, spread = max(other.h // given.h, 1), max(given.h // other.h, 1)
         fits = all(a * spread == b * stride for a, b in ((other.h, given.h), (other.w, given.w)))
-        if not fits or len(sources) > 1 or alpha != 1 or other.flat != given.flat:
+        if not fits or len(sources) > 1 or alpha != 1:
             raise section.error(f"{other} cannot be added to {given}")
+        if place.is_alexeyabs and (other.h, other.w) != (given.h, given.w):
+            raise section.error(
+                f"AlexeyAB's program adds {other} to {given} by its place in memory, which is not "
+                "supported; pjreddie's adds every few places"
+            )
         if other.c != given.c:
             channels = min(other.c, given.c)
-    module = own.Add(alpha, beta, channels, stride, spread)
+    module = _formed(place, own.Add(alpha, beta, channels, stride, spread), given, sources, True)
     return _with_activation(place, module), given, sources
 
 
@@ -127,9 +139,20 @@ def _scaled(place: Place) -> Built:
     if len(sources) != 1:
         raise section.error("it must say from= with one layer")
     other = place.shapes[sources[0]]
-    if other.c != given.c or (given.h, given.w) not in ((1, 1), (other.h, other.w)):
+    wanted = (1, 1) if section.name == "scale_channels" else (other.h, other.w)
+    if other.c != given.c or (given.h, given.w) != wanted:
         raise section.error(f"{given} cannot scale {other}")
-    return _with_activation(place, own.Multiply()), other, sources
+    module = _formed(place, own.Multiply(), other, sources, True)
+    return _with_activation(place, module), other, sources
+
+
+def _formed(
+    place: Place, module: nn.Module, like: Shape, sources: tuple[int, ...], and_given: bool
+) -> nn.Module:
+    """A module of several inputs, which may be flat or images of one place, like the result."""
+    values = [place.given] * and_given + [place.shapes[number] for number in sources]
+    which = [value.flat != like.flat for value in values]
+    return own.Formed(module, like.flat, which) if any(which) else module
 
 
 def _with_activation(place: Place, module: nn.Module) -> nn.Module:
@@ -144,13 +167,14 @@ def _route(place: Place) -> Built:
         raise section.error("it must say layers=")
     shapes = [place.shapes[number] for number in sources]
     first = shapes[0]
-    if any((s.h, s.w, s.flat) != (first.h, first.w, first.flat) for s in shapes):
+    if any((s.h, s.w) != (first.h, first.w) for s in shapes):
         raise section.error(f"layers of {', '.join(map(str, shapes))} do not fit together")
     groups, group = section.at_least("groups", 1, 1), section.at_least("group_id", 0, 0)
     if group >= groups or any(s.c % groups for s in shapes):
         raise section.error(f"group {group} of {groups} cannot be had of {first}")
     channels = sum(s.c // groups for s in shapes)
-    return own.Route(groups, group), Shape(channels, first.h, first.w, first.flat), sources
+    shape = Shape(channels, first.h, first.w, first.flat)
+    return _formed(place, own.Route(groups, group), first, sources, False), shape, sources
 
 
 def _upsample(place: Place) -> Built:
@@ -204,6 +228,8 @@ def _softmax(place: Place) -> Built:
     temperature = section.number("temperature", 1)
     if given.values % groups or temperature <= 0:
         raise section.error(f"{groups} groups at temperature {temperature} do not fit {given}")
+    if spatial and (temperature != 1 or place.convention.name.endswith("-cpu")):
+        raise section.error("spatial=1 is for a GPU, without a temperature; others do not heed it")
     flat = Shape(given.values, 1, 1, flat=True)
     return own.Softmax(groups, temperature, spatial and not given.flat), flat
 

@@ -22,6 +22,9 @@ N = TypeVar("N", int, float)
 _LARGEST: Final = 2**22
 """Bytes of a .cfg; YOLOv4's has 13,000."""
 
+_DIGITS: Final = 40
+_MOST: Final = 1000
+"""Numbers in a list."""
 _ALIASES: Final = {
     "avg": "avgpool", "conn": "connected", "conv": "convolutional", "lrn": "normalization",
     "max": "maxpool", "network": "net", "soft": "softmax",
@@ -56,10 +59,11 @@ class Section:
         """A list of whole numbers between commas; empty where the key is missing."""
         if key not in self.options:
             return ()
-        found = [_INTEGER.match(part) for part in self.options[key].split(",")]
-        if not all(found):
-            raise self.error(f"{key}={self.options[key]} is no list of whole numbers")
-        return tuple(int(match[0]) for match in found if match)
+        text = self.options[key].partition("#")[0]
+        found = [_INTEGER.match(part) for part in text.split(",")]
+        if not all(found) or len(found) > _MOST:
+            raise self.error(f"{key}={self.options[key][:80]} is no list of whole numbers")
+        return tuple(self._bounded(key, int(match[0][:_DIGITS])) for match in found if match)
 
     def at_least(self, key: str, default: int, least: int) -> int:
         """A whole number that makes no sense below a bound."""
@@ -79,8 +83,13 @@ class Section:
             return default
         match = pattern.match(self.options[key])
         if not match:
-            raise self.error(f"{key}={self.options[key]} is no {what}")
-        return kind(match[0])
+            raise self.error(f"{key}={self.options[key][:80]} is no {what}")
+        return self._bounded(key, kind(match[0][:_DIGITS]))
+
+    def _bounded(self, key: str, value: N) -> N:
+        if abs(value) >= 2**31:
+            raise self.error(f"{key} is {value:g}, more than Darknet can count")
+        return value
 
 
 def read(path: Path) -> list[Section]:
@@ -89,15 +98,19 @@ def read(path: Path) -> list[Section]:
     Raises:
         FormatError: there is no such file, or it is no .cfg.
     """
-    if not path.is_file():
-        what = "it is a folder; give a .cfg in it" if path.is_dir() else "there is no such file"
-        raise FormatError(f"{path}: {what}")
     try:
+        if not path.is_file():
+            what = "it is a folder; give a .cfg in it" if path.is_dir() else "there is no such file"
+            raise FormatError(f"{path}: {what}")
         if path.stat().st_size > _LARGEST:
             raise FormatError(f"{path}: over {_LARGEST:,} bytes are no .cfg")
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"{path}: it cannot be read as text ({error})") from error
+        data = path.read_bytes()
+    except OSError as error:
+        raise FormatError(f"{path}: it cannot be read ({error.strerror or error})") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:  # in a comment, say; what counts is ASCII
+        text = data.decode("latin-1")
     return parse(text, str(path))
 
 

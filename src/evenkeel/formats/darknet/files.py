@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from .network import Network, convention_named
 from .weights import Header, Numbers, Run, read_header, runs, set_numbers
 
 __all__ = ["load", "runs_of"]
+
+_MOST: Final = 2**31
+"""Weights of a network: the largest of Darknet's have a tenth of it."""
 
 
 def load(
@@ -50,17 +54,23 @@ def load(
     cfg = Path(cfg)
     chosen = convention_named(convention)
     sections = grammar.read(cfg)
+    with torch.device("meta"):  # so that the sizes are known before there is any memory for them
+        planned = Network(sections, convention)
+    wanted = sum(parameter.numel() for parameter in planned.parameters())
+    if wanted > _MOST:
+        raise FormatError(f"{cfg}: it asks for {wanted:,} weights, more than {_MOST:,}")
     if weights is None:
         return Network(sections, convention)
     weights = Path(weights)
-    if not weights.is_file():
-        what = "it is a folder" if weights.is_dir() else "there is no such file"
-        raise FormatError(f"{weights}: {what}")
-    with torch.device("meta"):  # so that the sizes are known before there is any memory for them
-        planned = Network(sections, convention)
-    with weights.open("rb") as file:
-        header = read_header(file.read(20), str(weights))
-    count, odd = divmod(weights.stat().st_size - header.size, 4)
+    try:
+        if not weights.is_file():
+            what = "it is a folder" if weights.is_dir() else "there is no such file"
+            raise FormatError(f"{weights}: {what}")
+        with weights.open("rb") as file:
+            header = read_header(file.read(20), str(weights))
+        count, odd = divmod(weights.stat().st_size - header.size, 4)
+    except OSError as error:
+        raise FormatError(f"{weights}: it cannot be read ({error.strerror or error})") from error
     if odd:
         raise FormatError(f"{weights}: it ends within a number, {odd} bytes too many or missing")
     biases = _has_biases(planned, header, count)

@@ -9,7 +9,8 @@ from typing import Final
 from torch import nn
 
 from ...conventions import Convention
-from .builders import BUILDERS
+from ...errors import first_line
+from .builders import BUILDERS, Built
 from .cfg import Section
 from .places import Place, Shape
 
@@ -31,6 +32,10 @@ _OTHERWISE: Final = {
     "softmax": ("tree",),
 }  # fmt: skip
 """Options that make a layer compute something else than is done here; '' is every section."""
+_ON_IMAGES: Final = ("crop", "region", "reorg", "upsample", "yolo")
+"""What is given images of one place where it stands behind a dense layer."""
+_MOST: Final = 2**31
+"""Values of an image between two layers: Darknet counts with int."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,11 @@ def layers_of(sections: Sequence[Section], convention: Convention) -> tuple[Shap
         FormatError: an unknown section, activation or option, or sizes that do not fit.
     """
     net, *rest = sections
+    for section in rest:
+        if section.name not in BUILDERS:
+            raise section.error(
+                f"this kind of layer is not supported; known are {', '.join(sorted(BUILDERS))}"
+            )
     c, h, w = (net.at_least(key, 0, 1) for key in ("channels", "height", "width"))
     image = Shape(c, h, w)
     layers: list[Layer] = []
@@ -65,19 +75,29 @@ def layers_of(sections: Sequence[Section], convention: Convention) -> tuple[Shap
         for key in (*_OTHERWISE[""], *_OTHERWISE.get(section.name, ())):
             if section.options.get(key, "0") not in ("0", "none") and not _is_usual(section, key):
                 raise section.error(f"{key}={section.options[key]} is not supported")
-        if section.name not in BUILDERS:
-            raise section.error(
-                f"this kind of layer is not supported; known are {', '.join(sorted(BUILDERS))}"
-            )
         place = Place(section, index, shapes, shapes[-1] if shapes else image, convention)
-        module, shape, *sources = BUILDERS[section.name](place)
+        module, shape, *sources = _built(place)
         if min(shape.c, shape.h, shape.w) < 1:
             raise section.error(f"it makes {shape} of {place.given}; the image is too small")
+        if shape.values >= _MOST:
+            raise section.error(f"it makes {shape}, more values than Darknet can count")
         layers.append(Layer(section, module, sources[0] if sources else (), shape))
         shapes.append(shape)
     if not layers:
         raise net.error("there is no layer behind it")
     return image, layers
+
+
+def _built(place: Place) -> Built:
+    """What a section's builder makes, on an image where it knows nothing else."""
+    section = place.section
+    try:
+        built = BUILDERS[section.name](place)
+    except (RuntimeError, TypeError, OverflowError) as error:  # of torch's, for sizes beyond reason
+        raise section.error(f"torch cannot make it ({first_line(error)})") from error
+    if place.given.flat and section.name in _ON_IMAGES:
+        return nn.Sequential(nn.Unflatten(1, (place.given.c, 1, 1)), built[0]), built[1]
+    return built
 
 
 def _is_usual(section: Section, key: str) -> bool:

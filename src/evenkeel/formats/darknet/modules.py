@@ -17,6 +17,7 @@ __all__ = [
     "Add",
     "Behind",
     "Crop",
+    "Formed",
     "Lhtan",
     "Loggy",
     "Multiply",
@@ -153,6 +154,22 @@ class Multiply(nn.Module):
 
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
         return x * other
+
+
+class Formed(nn.Module):
+    """A module of several inputs that are given to it flat, (N, c), or as images of one place."""
+
+    def __init__(self, module: nn.Module, flat: bool, which: Sequence[bool]) -> None:
+        super().__init__()
+        self.module, self.flat, self.which = module, flat, tuple(which)
+
+    def forward(self, *values: Tensor) -> Tensor:
+        pairs = zip(self.which, values, strict=True)
+        out: Tensor = self.module(*(self._formed(x) if turns else x for turns, x in pairs))
+        return out
+
+    def _formed(self, x: Tensor) -> Tensor:
+        return x.flatten(1) if self.flat else x[:, :, None, None]
 
 
 class Behind(nn.Module):

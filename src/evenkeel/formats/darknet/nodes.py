@@ -37,9 +37,19 @@ def _convolution(writer: Writer, node: fx.Node, conv: nn.Conv2d) -> None:
         if any(size % 2 == 0 for size in conv.kernel_size):
             raise writer.refusal(node, "it is padded more on one side than on the other")
     sizes = _square(writer, node, size=conv.kernel_size, stride=conv.stride, padding=padding)
+    before = None
+    if sizes["size"] == 1 and sizes["stride"] > 1:
+        if sizes["padding"]:
+            raise writer.refusal(node, "it is a padded 1x1 convolution with a stride")
+        before, sizes = _every(sizes["stride"]), sizes | {"stride": 1}
     options = {"filters": conv.out_channels, **sizes, "groups": conv.groups}
     layer = Layer("convolutional", options, conv.weight, conv.bias)
-    writer.add(node, writer.source(node), layer)
+    writer.add(node, writer.source(node), layer, before)
+
+
+def _every(stride: int) -> Layer:
+    """Every so many places: pjreddie's program does not heed the stride of 1x1 convolutions."""
+    return Layer("maxpool", {"size": 1, "stride": stride, "padding": 0})
 
 
 def _dense(writer: Writer, node: fx.Node, linear: nn.Linear) -> None:
@@ -103,8 +113,10 @@ def _average(writer: Writer, node: fx.Node, pool: nn.AvgPool2d | None) -> None:
         raise writer.refusal(node, "it rounds its size up, or divides by another number")
     count, size = writer.shape(source)[1], square["size"]
     weight = torch.full((count, 1, size, size), 1 / size**2)
-    options = {"filters": count, **square, "groups": count}
-    writer.add(node, source, Layer("convolutional", options, weight))
+    layer = Layer("convolutional", {"filters": count, **square, "groups": count}, weight)
+    if size == 1 and not square["padding"]:
+        layer = _every(square["stride"])
+    writer.add(node, source, layer)
 
 
 def _sizes(node: fx.Node, module: nn.Module | None, *names: str) -> dict[str, Any]:
@@ -116,11 +128,17 @@ def _sizes(node: fx.Node, module: nn.Module | None, *names: str) -> dict[str, An
 
 
 def _global_average(writer: Writer, node: fx.Node, _: Any) -> None:
-    if writer.shape(node)[2:] not in ((1, 1), ()) or len(writer.shape(writer.source(node))) != 4:
+    if writer.shape(node) == writer.shape(writer.source(node)):
+        return _same(writer, node, None)
+    if (
+        len(writer.shape(node)) < 2
+        or writer.shape(node)[2:] not in ((1, 1), ())
+        or len(writer.shape(writer.source(node))) != 4
+    ):
         raise writer.refusal(node, "Darknet's [avgpool] averages whole images")
     if writer.shape(node)[1] != writer.shape(writer.source(node))[1]:
         raise writer.refusal(node, "it averages over channels")
-    writer.add(node, writer.source(node), Layer("avgpool", {}))
+    return writer.add(node, writer.source(node), Layer("avgpool", {}))
 
 
 def _same(writer: Writer, node: fx.Node, _: Any) -> None:
@@ -133,9 +151,13 @@ def _same(writer: Writer, node: fx.Node, _: Any) -> None:
 
 
 def _dropout(writer: Writer, node: fx.Node, module: nn.Dropout | None) -> None:
+    if writer.placed(writer.source(node)) < 0:
+        return _same(
+            writer, node, None
+        )  # Darknet reads before its first layer, if that is [dropout]
     chance = _sizes(node, module, "p")["p"]
     options = {"probability": 0.5 if chance is None else chance}
-    writer.add(node, writer.source(node), Layer("dropout", options))
+    return writer.add(node, writer.source(node), Layer("dropout", options))
 
 
 def _sum(writer: Writer, node: fx.Node, _: Any) -> None:
@@ -173,10 +195,11 @@ def _probabilities(writer: Writer, node: fx.Node, module: nn.Softmax | None) -> 
     writer.add(node, writer.source(node), Layer("softmax", {"groups": 1}))
 
 
-def _larger(writer: Writer, node: fx.Node, module: nn.Upsample) -> None:
+def _larger(writer: Writer, node: fx.Node, module: nn.Upsample | None) -> None:
     given, made = writer.shape(writer.source(node))[2:], writer.shape(node)[2:]
     stride = made[0] // given[0]
-    if module.mode != "nearest" or made != (given[0] * stride, given[1] * stride):
+    mode = node.kwargs.get("mode", "nearest") if module is None else module.mode
+    if mode != "nearest" or made != (given[0] * stride, given[1] * stride):
         raise writer.refusal(node, "Darknet's [upsample] repeats places a whole number of times")
     writer.add(node, writer.source(node), Layer("upsample", {"stride": stride}))
 
@@ -194,5 +217,5 @@ FUNCTIONS: Final[dict[Any, Callable[[Writer, fx.Node, Any], None]]] = {
     F.dropout: _dropout, "contiguous": _same, "squeeze": _same, torch.squeeze: _same,
     operator.add: _sum, operator.iadd: _sum, torch.add: _sum, "add": _sum, "add_": _sum,
     torch.cat: _concatenation, torch.concat: _concatenation, torch.softmax: _probabilities,
-    F.softmax: _probabilities, "softmax": _probabilities,
+    F.softmax: _probabilities, F.interpolate: _larger, "softmax": _probabilities,
 }  # fmt: skip

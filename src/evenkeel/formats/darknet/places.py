@@ -13,7 +13,7 @@ from ...errors import meant
 from . import modules as own
 from .cfg import Section
 
-__all__ = ["ACTIVATIONS", "Place", "Shape"]
+__all__ = ["ACTIVATIONS", "ALEXEYABS", "Place", "Shape"]
 
 ACTIVATIONS: Final[dict[str, Callable[[], nn.Module]]] = {
     "elu": nn.ELU,
@@ -34,7 +34,10 @@ ACTIVATIONS: Final[dict[str, Callable[[], nn.Module]]] = {
     "swish": nn.SiLU,
     "tanh": nn.Tanh,
 }
-"""By Darknet's names; mish, relu6 and swish are AlexeyAB's."""
+"""By Darknet's names."""
+
+ALEXEYABS: Final = ("mish", "relu6", "swish")
+"""Activations for which pjreddie's program takes ReLU, behind a message."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,11 @@ class Place:
     given: Shape
     convention: Convention
 
+    @property
+    def is_alexeyabs(self) -> bool:
+        """It is for AlexeyAB's program."""
+        return self.convention.name.startswith("alexeyab")
+
     def source(self, number: int) -> int:
         """The number of a layer before this one; negative ones count back from here."""
         found = number if number >= 0 else self.index + number
@@ -86,6 +94,7 @@ class Place:
         return found
 
     def activation(self, default: str) -> nn.Module:
+        """The one that the section names."""
         name = self.section.options.get("activation", default)
         if name not in ACTIVATIONS:
             raise self.section.error(
@@ -94,6 +103,7 @@ class Place:
         return ACTIVATIONS[name]()
 
     def norm(self, channels: int, flat: bool, momentum: float | None = None) -> nn.Module:
+        """A batch norm with the convention's settings."""
         kind = nn.BatchNorm1d if flat else nn.BatchNorm2d
         eps = 1e-5 if self.convention.eps_place == "outside" else self.convention.eps or 0.0
         return kind(channels, eps=eps, momentum=momentum or self.convention.momentum)

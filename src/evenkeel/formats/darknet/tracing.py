@@ -43,7 +43,7 @@ def as_network(model: nn.Module, example: Tensor, convention: str) -> Network:
         with in_inference(model), torch.no_grad():
             root = nn.Sequential(model) if isinstance(model, tuple(MODULES)) else model
             traced = fx.GraphModule(root, _Tracer().trace(root))
-            ShapeProp(traced).propagate(example)
+            ShapeProp(traced).propagate(example.clone())
     except Exception as error:
         raise SurgeryError(f"the network cannot be traced ({first_line(error)})") from error
     layers = _write(Writer(traced), traced.graph)
@@ -109,19 +109,38 @@ def _write(writer: Writer, graph: fx.Graph) -> list[Layer]:
                 continue  # an option that the forward leaves at its default
             if writer.place:
                 raise writer.refusal(node, "Darknet's networks take one input")
+            if sum(map(_is_tensor, node.users)) > 1:  # to reach back to it, it must be a layer's
+                writer.layers.append(Layer("activation", {"activation": "linear"}))
             writer.name(node)
         elif node.op == "output":
             if not isinstance(node.args[0], fx.Node):
                 raise writer.refusal(node, "Darknet's networks give one output")
             writer.goes_behind(node.args[0])
-        else:
+        elif _is_tensor(node):  # a size is asked for to flatten, and seen in what comes out
             _one(writer, node)
     return writer.layers
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return "tensor_meta" in node.meta and hasattr(node.meta["tensor_meta"], "shape")
+
+
+def _writes_over(writer: Writer, node: fx.Node) -> bool:
+    """Whether an operation writes over what it takes."""
+    target, module = node.target, writer.module(node)
+    if module is not None:
+        return bool(getattr(module, "inplace", False))
+    if node.kwargs.get("inplace", False) or any(value is True for value in node.args[1:]):
+        return True
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    return name == "iadd" or (name.endswith("_") and not name.endswith("__"))
 
 
 def _one(writer: Writer, node: fx.Node) -> None:
     """The layer of one operation."""
     module = writer.module(node)
+    if _writes_over(writer, node) and len(writer.source(node).users) > 1:
+        raise writer.refusal(node, "it writes over a value that others use, before or behind it")
     kinds = [] if module is None else [k for k in MODULES if isinstance(module, k)]
     if kinds:
         MODULES[kinds[0]](writer, node, module)

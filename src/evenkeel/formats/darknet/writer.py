@@ -73,10 +73,12 @@ class Writer:
             raise self.refusal(node, "it does not take the value of a layer first")
         return source
 
-    def add(self, node: fx.Node, source: fx.Node, layer: Layer) -> None:
+    def add(
+        self, node: fx.Node, source: fx.Node, layer: Layer, before: Layer | None = None
+    ) -> None:
         """A layer that takes one value, and the norm and activation behind it."""
         self.goes_behind(source)
-        self.layers.append(layer)
+        self.layers += [layer] if before is None else [before, layer]
         end = self._norm_behind(node, layer) if layer.weight is not None else node
         self.name(self.activation_behind(end, layer))
 
@@ -142,6 +144,12 @@ def activation_of(writer: Writer, node: fx.Node) -> str | None:
             if type(module) is kind:
                 return name
         return _by_slope(module)
+    if node.target in (F.leaky_relu, F.elu):
+        is_elu = node.target is F.elu
+        number: Any = node.kwargs.get("alpha" if is_elu else "negative_slope", None)
+        number = node.args[1] if len(node.args) > 1 else number
+        number = (1.0 if is_elu else 0.01) if number is None else number
+        return _by_slope(nn.ELU(number) if is_elu else nn.LeakyReLU(number))
     return _ACTIVATION_CALLS.get(node.target)
 
 
