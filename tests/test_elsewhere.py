@@ -18,10 +18,10 @@ HALF, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 def ways(monkeypatch):
     """Makes the CPU such a device, and tells by whom each call was computed."""
     taken = []
-    op, torchs = functional.norm_op, F.batch_norm
+    op, torchs = functional.norm, F.batch_norm
     monkeypatch.setattr(functional, "_OURS", ())
     monkeypatch.setattr(functional.direct, "way", lambda backend: None)
-    monkeypatch.setattr(functional, "norm_op", lambda *a: taken.append("op") or op(*a))
+    monkeypatch.setattr(functional, "norm", lambda *a: taken.append("op") or op(*a))
     monkeypatch.setattr(F, "batch_norm", lambda *a: taken.append("torch") or torchs(*a))
     return taken
 

@@ -15,7 +15,9 @@ SOURCE = Path(evenkeel.__file__).parent
 LAYERS = (
     ("errors",),
     ("pattern", "view", "conventions", "allocator", "files"),
+    ("layouts",),
     ("kernels",),
+    ("plainly",),
     ("ops", "cudnn"),
     ("recompute",),
     ("direct",),

@@ -17,7 +17,7 @@ from . import direct
 from .errors import ConfigError, PatternError, ShapeError
 from .kernels.contract import Activation
 from .kernels.reference import activate
-from .ops import norm_op
+from .ops import norm
 from .pattern import DEFAULT, Bound, NormSpec, parse
 
 __all__ = ["activation_of", "batch_norm", "normalize"]
@@ -153,7 +153,7 @@ def normalize(
     if not eps >= 0:
         raise ConfigError(f"eps must be 0 or more but is {eps}; the usual one is 1e-5")
     if inplace:
-        _check_writable(x, weight, bias, residual)
+        residual = _apart(x, weight, bias, residual)
     from_batch = training or not spec.averages_batch
     way = None if sizes else direct.way(backend)
     if way is not None:
@@ -181,15 +181,11 @@ def normalize(
     if spec.affine_is_owners or (weight is None and bias is None):
         added = residual.reshape(bound.shape) if split and residual is not None else residual
         owned = (_per_owner(weight, bound), _per_owner(bias, bound))
-        y, mean, var, _ = norm_op(
-            parts, *owned, added, *used, bound.kept, eps, act.name, act.slope, backend
-        )
+        y, mean, var = norm(parts, *owned, added, *used, bound.kept, eps, act, backend)
         y = y.reshape(x.shape) if split else y
     else:
         wide = parts.to(torch.promote_types(x.dtype, torch.float32))
-        y, mean, var, _ = norm_op(
-            wide, None, None, None, *used, bound.kept, eps, "none", 0.0, backend
-        )
+        y, mean, var = norm(wide, None, None, None, *used, bound.kept, eps, Activation(), backend)
         y = _scale_and_shift(y, bound, weight, bias).reshape(x.shape)
         y = _after(y, act, residual).to(x.dtype)
     if from_batch and x.numel() > 0:
@@ -200,12 +196,32 @@ def normalize(
     return x.copy_(y) if inplace else y
 
 
-def _check_writable(x: Tensor, *others: Tensor | None) -> None:
+def _apart(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> Tensor | None:
+    """The residual, apart from x, over which the result will be written.
+
+    Raises:
+        ConfigError: x cannot be written over.
+    """
+    others = (weight, bias, residual)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
         raise ConfigError(
             "inplace=True would write over x, which backward needs; call it under torch.no_grad(), "
             "or with tensors that need no gradient"
         )
+    if 0 in x.stride() and torch._debug_has_internal_overlap(x) == 1:
+        raise ConfigError(
+            f"inplace=True would write over x, but several of its values lie in one place (strides "
+            f"{x.stride()}); use x.contiguous()"
+        )
+    return residual.clone() if residual is not None and _shares_some(residual, x) else residual
+
+
+def _shares_some(t: Tensor, x: Tensor) -> bool:
+    """True for a tensor in x's memory that is not x itself, whose values would be written over."""
+    own = t.data_ptr() == x.data_ptr() and t.shape == x.shape and t.stride() == x.stride()
+    return not own and t.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
 
 
 def _remember(running: Tensor, new: Tensor, momentum: float | Tensor) -> None:
@@ -313,7 +329,8 @@ def _parsed(pattern: str | NormSpec, affine: str | None) -> NormSpec:
 
 
 def _bound(spec: NormSpec, x: Tensor, sizes: Mapping[str, int]) -> Bound:
-    if torch.compiler.is_compiling():  # sizes may be symbols, which no cache can hold
+    # Sizes may be symbols, which no cache can hold.
+    if torch.compiler.is_compiling() or not all(type(size) is int for size in x.shape):
         return spec.bind(tuple(x.shape), sizes)
     return _bind(spec, tuple(x.shape), tuple(sizes.items()))
 

@@ -9,19 +9,20 @@ derivative comes from differentiating the reference backend.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .kernels.contract import Activation, Affine, Backend, accumulation_dtype
+from . import plainly
+from .kernels.contract import Activation, Backend, accumulation_dtype
 from .kernels.select import choose, load
 from .kernels.triton import Triton
-from .view import View, logical_view, view_of
+from .layouts import aligned, as_saved, dense, like_empty
+from .view import View, logical_view
 
-__all__ = ["aligned", "as_saved", "dense", "norm_op", "stand_in"]
+__all__ = ["gradients", "norm", "norm_op"]
 
 
 @torch.library.custom_op("evenkeel::norm", mutates_args=())
@@ -50,11 +51,11 @@ def norm_op(
     act = Activation(activation, slope)
     added = None if residual is None else aligned(residual, x, view)
     if mean is not None and var is not None:
-        known = _affine(view, x, weight, bias, mean, var, eps)
+        known = plainly.affine(view, x, weight, bias, mean, var, eps)
         y = verbs.apply(x, view, known, act, added)
         nothing = y.new_empty(0, dtype=known.mean.dtype)
-        return _like(y, x), nothing, nothing.clone(), x.new_empty(0, dtype=torch.uint8)
-    parameters = (_folded(weight, view, x), _folded(bias, view, x))
+        return like_empty(y, x), nothing, nothing.clone(), x.new_empty(0, dtype=torch.uint8)
+    parameters = (plainly.folded(weight, view, x), plainly.folded(bias, view, x))
     size = _bits(x, residual, mean, kept, act, backend)
     is_exact = 8 * size == x.numel()  # else some are left over, and results must be determined
     bits = (x.new_empty if is_exact else x.new_zeros)(size, dtype=torch.uint8)
@@ -64,7 +65,7 @@ def norm_op(
     else:
         y, mean, var = _triton(verbs).forward_training(*given, bits)
     mean, var = view.unfold_vector(mean, x.shape), view.unfold_vector(var, x.shape)
-    return _like(y, x), mean, var, bits
+    return like_empty(y, x), mean, var, bits
 
 
 @norm_op.register_fake
@@ -140,7 +141,7 @@ def norm_backward(
     says that mean and var were computed from x, and so depend on it.
     """
     x, view = dense(x, kept)
-    known = _affine(view, x, weight, bias, mean, var, eps)
+    known = plainly.affine(view, x, weight, bias, mean, var, eps)
     act = Activation(activation, slope)
     verbs = _verbs(backend, view, x)
     dy = aligned(dy, x, view)
@@ -153,10 +154,10 @@ def norm_backward(
     if dresidual is not None and act.name == "none":
         dresidual = dresidual.clone()  # it may be dy itself, and an op must not return its input
     return (
-        _like(dx, x),
-        _owned(sums.dz_xhat, view, x, weight),
-        _owned(sums.dz, view, x, bias),
-        x.new_empty(0) if dresidual is None else _like(dresidual, x),
+        like_empty(dx, x),
+        plainly.owned(sums.dz_xhat, view, x, weight),
+        plainly.owned(sums.dz, view, x, bias),
+        x.new_empty(0) if dresidual is None else like_empty(dresidual, x),
     )
 
 
@@ -210,18 +211,17 @@ def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, residual, bits, mean, var = ctx.saved_tensors
     if bits is not None:  # which lie in the order that x had; hooks may have given it another
         x = as_saved(x, ctx.strides)
-    dx, dweight, dbias, dresidual = torch.ops.evenkeel.norm_backward(
+    dx, dweight, dbias, dresidual = gradients(
         dy, x, weight, bias, residual, bits, mean, var, ctx.from_batch, *ctx.rest
     )
-    if ctx.residual_dtype is None:
-        dresidual = None
-    else:
-        dresidual = (dy if ctx.is_linear else dresidual).to(ctx.residual_dtype)
+    added = None
+    if ctx.residual_dtype is not None:
+        added = (dy if ctx.is_linear else dresidual).to(ctx.residual_dtype)
     return (
         dx,
         None if weight is None else dweight,
         None if bias is None else dbias,
-        dresidual,
+        added,
         *[None] * (2 + len(ctx.rest)),
     )
 
@@ -242,7 +242,7 @@ def _second_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None
         _, x, weight, bias, _ = given
         x, view = dense(as_saved(x, ctx.strides), ctx.kept)
         through = _triton(load("triton")).through(x, view, bits)
-        given[4] = stand_in(x, view, weight, bias, mean, var, ctx.eps, through)
+        given[4] = plainly.stand_in(x, view, weight, bias, mean, var, ctx.eps, through)
     create = torch.is_grad_enabled()
     with torch.enable_grad():
         given = [None if t is None else _fresh(t, create) for t in given]
@@ -252,7 +252,7 @@ def _second_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None
             n, mean, m2 = verbs.stats(x, view)
             var = m2 / max(n, 1)
         y = verbs.apply(
-            x, view, _affine(view, x, weight, bias, mean, var, ctx.eps), ctx.act, residual
+            x, view, plainly.affine(view, x, weight, bias, mean, var, ctx.eps), ctx.act, residual
         )
         sources = [t for t in given if t is not None]
         first = iter(torch.autograd.grad(y, sources[1:], dy, create_graph=True))
@@ -285,62 +285,6 @@ torch.library.register_autograd(
 )
 
 
-def stand_in(
-    x: Tensor,
-    view: View,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    through: Tensor,
-) -> Tensor:
-    """A residual that decides every gradient as the one did of which only bits were kept.
-
-    It makes 1 of the value before the activation where ``through`` is 1, and -1 where it is 0.
-    Where an activation is decided by one bit, nothing but the decision depends on the residual.
-    It has the precision of statistics: in that of x, large values would hide the 1.
-    """
-    with torch.no_grad():
-        wide = x.to(accumulation_dtype(x.dtype, x.device))
-        known = _affine(view, wide, weight, bias, mean, var, eps)
-        normalized = load("reference").apply(wide, view, known, Activation(), None)
-        return 2 * through - 1 - normalized
-
-
-def _folded(vector: Tensor | None, view: View, x: Tensor) -> Tensor | None:
-    """A per-owner vector in memory order and in the accumulation dtype."""
-    if vector is None:
-        return None
-    wide = vector.to(accumulation_dtype(x.dtype, x.device))
-    return view.fold_vector(wide, x.shape)
-
-
-def _affine(
-    view: View,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-) -> Affine:
-    """The map that a norm applies, in memory order."""
-    own_mean, own_var = _folded(mean, view, x), _folded(var, view, x)
-    assert own_mean is not None  # noqa: S101 - given, so folded
-    assert own_var is not None  # noqa: S101
-    return Affine(
-        own_mean, (own_var + eps).rsqrt(), _folded(weight, view, x), _folded(bias, view, x)
-    )
-
-
-def _owned(vector: Tensor, view: View, x: Tensor, parameter: Tensor | None) -> Tensor:
-    """The gradient of weight or bias; empty if there is no such parameter."""
-    if parameter is None:
-        return x.new_empty(0)
-    return view.unfold_vector(vector, x.shape).to(parameter.dtype)
-
-
 def _triton(verbs: Backend) -> Triton:
     """The one backend that keeps bits for the op."""
     assert isinstance(verbs, Triton)  # noqa: S101 - asked for by name
@@ -351,48 +295,46 @@ def _verbs(wish: str, view: View, x: Tensor) -> Backend:
     return load(choose(wish, view, x.dtype, x.device).name)
 
 
-@lru_cache(maxsize=4096)
-def _view(shape: tuple[int, ...], strides: tuple[int, ...], kept: tuple[int, ...]) -> View | None:
-    return view_of(shape, strides, kept)
+def norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    kept: Sequence[int],
+    eps: float,
+    act: Activation,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y and statistics of `norm_op`; by torch's operations one by one where that is wanted."""
+    given = (x, weight, bias, residual, mean, var, kept, eps)
+    if plainly.is_wanted():
+        return plainly.norm(*given, act)
+    y, own_mean, own_var, _ = norm_op(*given, act.name, act.slope, backend)
+    return y, own_mean, own_var
 
 
-def dense(x: Tensor, kept: Sequence[int]) -> tuple[Tensor, View]:
-    """x without gaps or overlaps, copied only if it has any, and its view."""
-    kept = tuple(kept)
-    view = _view(x.shape, x.stride(), kept)
-    if view is None:
-        x = x.clone()
-        view = _view(x.shape, x.stride(), kept)
-    assert view is not None  # noqa: S101 - a clone is dense
-    return x, view
-
-
-def aligned(t: Tensor, x: Tensor, view: View) -> Tensor:
-    """``t`` in the layout of x, copied only if it has another one."""
-    if t.stride() == x.stride() or _view(t.shape, t.stride(), tuple(sorted(view.kept))) == view:
-        return t
-    return torch.empty_like(x, dtype=t.dtype).copy_(t)
-
-
-def as_saved(t: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """A tensor saved for backward in the layout that it had, copied only if it has another.
-
-    Hooks on saved tensors may give it back in another one, as `torch.autograd.graph.save_on_cpu`
-    does with pinned memory.
-    """
-    if t.stride() == strides:
-        return t
-    return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
-
-
-def _like(t: Tensor, x: Tensor) -> Tensor:
-    """``t`` with exactly the strides that ``empty_like(x)`` has, as the fake kernels promise.
-
-    And no view: behind a norm comes a ReLU that may work in place, which autograd forbids on views.
-    """
-    differs = [a != b for a, b in zip(t.stride(), x.stride(), strict=True)]
-    if not any(differs):
-        return t.data
-    if all(size == 1 for size, unlike in zip(x.shape, differs, strict=True) if unlike):
-        return t.as_strided(x.shape, x.stride()).data  # of a size of one, the stride means nothing
-    return torch.empty_like(x, dtype=t.dtype).copy_(t)
+def gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    bits: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Those of `norm_backward`; by torch's operations one by one where dy has a tangent."""
+    if not plainly.has_tangents():
+        given = (dy, x, weight, bias, residual, bits, mean, var)
+        found: tuple[Tensor, Tensor, Tensor, Tensor] = norm_backward(*given, *rest)
+        return found
+    from_batch, kept, eps, activation, slope, _ = rest
+    if bits is not None:
+        x, view = dense(x, kept)
+        through = _triton(load("triton")).through(x, view, bits)
+        residual = plainly.stand_in(x, view, weight, bias, mean, var, eps, through)
+    act = Activation(activation, slope)
+    return plainly.gradients(dy, x, weight, bias, residual, mean, var, from_batch, kept, eps, act)

@@ -16,8 +16,10 @@ from .. import recompute
 from ..kernels.contract import Activation
 from ..kernels.native import ACTS, BOTH, FEW, MAP, REDUCE, TYPES, Native
 from ..kernels.select import choose, load
-from ..ops import aligned, as_saved, stand_in
+from ..layouts import aligned, as_saved
+from ..ops import gradients
 from ..pattern import NormSpec, parse
+from ..plainly import stand_in
 from ..view import View
 from .plain import PLAIN, is_like, is_plain, seen, wants_gradients
 
@@ -94,9 +96,11 @@ def batch_norm(
         if inplace:
             torch.autograd.graph.increment_version(x)
         return _forward(*given, call, None, *running, y=x if inplace else None)
+    if x.is_inference():
+        return None  # which autograd will refuse to keep: before statistics have moved
     y: Tensor = _Fused.apply(*given, call, running)  # type: ignore[no-untyped-call]
     if recompute.active():
-        again = partial(_forward, call=call, mask=None, phases=MAP)
+        again = partial(_again, call=call)
         recompute.offer(y, again, *given)
     return y
 
@@ -182,6 +186,15 @@ def _forward(
     return y
 
 
+def _again(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: _Call
+) -> Tensor:
+    """y once more, by the statistics that there are."""
+    x, strides = as_saved(x, call.plan.strides), call.plan.strides
+    residual = None if residual is None else as_saved(residual, strides)
+    return _forward(x, weight, bias, residual, call, None, phases=MAP)
+
+
 class _Fused(torch.autograd.Function):
     """The two calls, and what the first keeps for the second."""
 
@@ -256,7 +269,7 @@ def _by_op(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.adds and act.has_bit:
         through = _through(x, ctx.call, kept)
         residual = stand_in(x, plan.view, weight, bias, mean, var, eps, through)
-    dx, dweight, dbias, dresidual = torch.ops.evenkeel.norm_backward(
+    dx, dweight, dbias, dresidual = gradients(
         *(dy, x, weight, bias, residual, None, mean, var, from_batch),
         *(plan.kept, eps, act.name, act.slope, "auto"),
     )

@@ -17,7 +17,8 @@ from torch import Tensor
 from ..kernels.contract import Activation, Affine, Sums, accumulation_dtype
 from ..kernels.select import load
 from ..kernels.triton import Plan, Triton, plan_of
-from ..ops import aligned, as_saved
+from ..layouts import aligned, as_saved
+from ..ops import gradients
 from ..pattern import NormSpec
 from ..view import View
 from .plain import PLAIN, is_like, is_plain, seen, wants_gradients
@@ -84,6 +85,8 @@ def batch_norm(
     call = _Call(plan, act, eps, from_batch)
     given = (x, weight, bias, residual)
     if wants_gradients(*given):
+        if x.is_inference():
+            return None  # which autograd will refuse to keep: before statistics have moved
         y: Tensor = _Fused.apply(*given, call, running)  # type: ignore[no-untyped-call]
         return y
     return _forward(*given, call, None, *running)[0]
@@ -190,7 +193,7 @@ class _Fused(torch.autograd.Function):
         # A second derivative is what the op has; and it knows dy that is no plain tensor.
         if torch.is_grad_enabled() or not is_plain(dy):
             var = invstd.square().reciprocal() - eps  # to which eps will be added again
-            dx, dweight, dbias, dresidual = torch.ops.evenkeel.norm_backward(
+            dx, dweight, dbias, dresidual = gradients(
                 *(dy, x, weight, bias, residual, bits, mean, var, from_batch),
                 *(plan.kept, eps, act.name, act.slope, "triton"),
             )

@@ -25,6 +25,7 @@ def is_plain(x: Any) -> bool:
     return (
         type(x) in PLAIN
         and torch._C._has_storage(x)  # which what is_grads_batched hands around has not
+        and not (x._is_zerotensor() or x.is_neg())
         and forward_ad._current_level < 0
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -41,6 +42,7 @@ def is_like(t: Tensor, x: Tensor) -> bool:
         and t.device == x.device
         and t.shape == x.shape
         and t.stride() == x.stride()
+        and not (t._is_zerotensor() or t.is_neg())
     )
 
 

@@ -220,24 +220,28 @@ def forward_with_memory(
     mean, var = module.running_mean, module.running_var  # once: a module looks long for its own
     remembers = mean is not None or var is not None
     uses_memory = updates or (remembers and not module.training)
-    y = normalize(
-        x,
-        spec,
-        weight=module.weight,
-        bias=module.bias,
-        running_mean=mean if uses_memory else None,
-        running_var=var if uses_memory else None,
-        training=module.training or not remembers,
-        momentum=momentum,
-        eps=module.eps,
-        activation=activation,
-        residual=residual,
-        backend=module.backend,
-        sizes=sizes,
-    )
     if updates and count is not None:
-        count.add_(1)  # last, so that a refused batch is not counted
-    return y
+        count.add_(1)  # first: checkpointing may leave through the norm, with statistics moved
+    try:
+        return normalize(
+            x,
+            spec,
+            weight=module.weight,
+            bias=module.bias,
+            running_mean=mean if uses_memory else None,
+            running_var=var if uses_memory else None,
+            training=module.training or not remembers,
+            momentum=momentum,
+            eps=module.eps,
+            activation=activation,
+            residual=residual,
+            backend=module.backend,
+            sizes=sizes,
+        )
+    except (RuntimeError, TypeError, ValueError):  # a refused batch is not counted
+        if updates and count is not None:
+            count.sub_(1)
+        raise
 
 
 def _checked(spec: NormSpec, sizes: Mapping[str, int]) -> dict[str, int]:

@@ -95,7 +95,8 @@ class PackedConv2d(Packed, nn.Conv2d):
     Made by `pack_module`; ``residual`` may be left out. The fast ways give a channels last output
     for any input; torch's gives torch's layout. They are taken for float32 on the CPU where nothing
     records gradients or operations. A weight that is written over is reordered again at the next
-    call.
+    call; what goes past torch (``.data``, numpy) is seen if it changes one of sixteen values that
+    are looked at, so pack again after pruning so.
     """
 
     def _sizes(self, x: Tensor) -> Sequence[int] | None:

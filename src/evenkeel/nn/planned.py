@@ -191,13 +191,18 @@ def _is_as_it_was(conv: Packed, way: Way) -> bool:
     )
 
 
+def _is_single(t: Tensor) -> bool:
+    return type(t) in PLAIN and t.dtype is torch.float32
+
+
 def _guarded(conv: Packed, way: Way) -> RunWith:
     """The way, for inputs that it was found for; others may come where shapes depend on values."""
     run, shape, adds = way.run, way.shape, way.adds
 
     def call(x: Tensor, residual: Tensor | None = None) -> Tensor:
-        fits = x.shape == shape and x.dtype is torch.float32 and x.layout is torch.strided
-        if fits and (residual is None or (adds and residual.dtype is torch.float32)):
+        fits = type(x) in PLAIN and x.shape == shape and x.dtype is torch.float32
+        fits = fits and x.layout is torch.strided
+        if fits and (residual is None or (adds and _is_single(residual))):
             return run(x, residual)
         y: Tensor = conv(x, residual)
         return y

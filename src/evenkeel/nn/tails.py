@@ -61,9 +61,9 @@ def _by_kernel(module: Any, act: Activation, shape: tuple[int, ...]) -> Tail:
     def run(y: Tensor, residual: Tensor | None) -> Tensor:
         if residual is None:
             return plain(y, None)
+        if residual.shape != y.shape:
+            return plain(y, residual)
         if residual.stride() != y.stride():
-            if residual.shape != y.shape:
-                return plain(y, residual)
             residual = torch.empty_like(y).copy_(residual)
         here = y.data_ptr()
         module.forward(

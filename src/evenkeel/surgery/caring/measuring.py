@@ -27,8 +27,8 @@ from ...errors import SurgeryError
 from ...kernels.contract import Moments
 from ...kernels.reference import Reference
 from ...kernels.select import choose, load
+from ...layouts import dense
 from ...nn import Norm
-from ...ops import dense
 from ...pattern import NormSpec, parse
 from ...view import View
 from ..batch_norms import titled
