@@ -113,7 +113,7 @@ def load(path: str | os.PathLike[str]) -> Network:
     """
     saved = read(Path(path))
     graph = graph_of(saved.config, saved.name)
-    first = _channels_first(graph)
+    first = _channels_first(saved.config)
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             network = Network(graph, saved.weights, first=first)
@@ -160,17 +160,19 @@ def _input_shape(layer: str, config: Mapping[str, Any]) -> Shape:
     return tuple(shape[1:])
 
 
-def _channels_first(graph: Graph) -> bool:
-    """Whether the model's images have their channels first.
+def _channels_first(model: Mapping[str, Any]) -> bool:
+    """Whether the images of a model, and of those among its layers, have their channels first.
 
     Raises:
         FormatError: some of them have and some have not.
     """
-    found = {
-        config["data_format"]
-        for _, config in graph.layers.values()
-        if config.get("data_format") is not None
-    }
+    found, waiting = set(), [model]
+    while waiting:
+        config = waiting.pop().get("config")
+        if isinstance(config, Mapping):
+            found |= {str(config["data_format"])} if config.get("data_format") else set()
+            layers = config.get("layers")
+            waiting += [one for one in layers if isinstance(one, Mapping)] if layers else []
     if len(found) > 1:
         raise FormatError("some of its layers have channels first and some have them last")
     return found == {"channels_first"}
