@@ -201,7 +201,7 @@ def test_a_training_run_converts_exactly() -> None:
 def test_epsilon_moves_inside_exactly(container, variances: list[float], eps: float) -> None:
     var = np.array(variances)
     moved, inside = inside_epsilon(container(var), eps, 1e-5)
-    assert inside in (0.0, 1e-5)
+    assert 0 < inside <= 1e-5
     assert type(moved) is type(container(var))
     assert float(moved.min()) >= 0
     roots = np.sqrt(np.asarray(moved) + inside)
@@ -211,8 +211,8 @@ def test_epsilon_moves_inside_exactly(container, variances: list[float], eps: fl
 def test_epsilon_stays_as_wanted_unless_a_variance_is_too_small() -> None:
     _, kept = inside_epsilon(np.array([1.0, 0.5]), 1e-6, 1e-5)
     moved, dropped = inside_epsilon(np.array([1.0, 0.0]), 1e-6, 1e-5)
-    assert (kept, dropped) == (1e-5, 0.0)
-    np.testing.assert_array_equal(moved, [(1 + 1e-6) ** 2, 1e-6**2])
+    assert (kept, dropped) == (1e-5, 1e-6**2)
+    np.testing.assert_array_equal(moved, [(1 + 1e-6) ** 2 - 1e-6**2, 0.0])
 
 
 def test_an_unmoved_epsilon_would_be_wrong() -> None:

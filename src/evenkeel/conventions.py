@@ -144,7 +144,7 @@ def inside_epsilon(var: T, eps: float, wanted: float) -> tuple[T, float]:
     """A variance and epsilon for ``sqrt(var' + eps')`` that give the same ``sqrt(var) + eps``.
 
     The new variance is ``(sqrt(var) + eps)^2 - wanted``. Where any of it would be negative, the new
-    epsilon is 0 instead, which no variance is too small for.
+    epsilon is the least ``(sqrt(var) + eps)^2`` instead; torch runs no norm whose epsilon is 0.
 
     Args:
         var: an array or tensor of running variances; in float64 if no digit may be lost.
@@ -156,7 +156,7 @@ def inside_epsilon(var: T, eps: float, wanted: float) -> tuple[T, float]:
     """
     square = (cast(Any, var) ** 0.5 + eps) ** 2
     if (square < wanted).any():
-        return square, 0.0
+        wanted = float(square.min())
     return square - wanted, wanted
 
 

@@ -35,9 +35,10 @@ def all_of(batches, count):
     return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
 
 
-def test_cudnn_is_asked_for_a_fixed_order_and_keeps_its_other_settings(monkeypatch):
+def test_cudnn_is_asked_for_a_fixed_order_and_keeps_its_other_settings():
+    import torch.testing._internal.common_utils  # from here on cuDNN's attributes are fixed
+
     cudnn = torch.backends.cudnn
-    monkeypatch.setattr(cudnn, "benchmark", True)
     network, seen = make_network(NORMED, feeder(), 10, 0), []
 
     def note(*_) -> None:
@@ -45,13 +46,14 @@ def test_cudnn_is_asked_for_a_fixed_order_and_keeps_its_other_settings(monkeypat
 
     network.register_forward_hook(note)
     batches = feeder().batches(8, 0)
-    train(network, make_optimizer(network, NORMED), batches, range(2), lambda *_: None)
-    evaluate(network.eval(), feeder().test())
-    assert set(seen) == {(True, False, True)}
-    assert (cudnn.benchmark, cudnn.deterministic) == (True, False)
-    with pytest.raises(ZeroDivisionError, match="by zero"), repeatable():
-        raise ZeroDivisionError("by zero")
-    assert cudnn.benchmark
+    with cudnn.flags(enabled=True, benchmark=True):
+        train(network, make_optimizer(network, NORMED), batches, range(2), lambda *_: None)
+        evaluate(network.eval(), feeder().test())
+        assert set(seen) == {(True, False, True)}
+        assert (cudnn.benchmark, cudnn.deterministic) == (True, False)
+        with pytest.raises(ZeroDivisionError, match="by zero"), repeatable():
+            raise ZeroDivisionError("by zero")
+        assert cudnn.benchmark
 
 
 class TestFeeder:

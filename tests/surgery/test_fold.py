@@ -543,9 +543,9 @@ def test_what_stays_has_the_networks_own_precision_single_at_least(dtype):
 class FrozenBatchNorm2d(nn.Module):
     """As torchvision and detectron2 have it: all buffers, and a forward of its own."""
 
-    def __init__(self, n):
+    def __init__(self, n, eps=1e-5):
         super().__init__()
-        self.eps = 1e-5
+        self.eps = eps
         for name, value in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 1)):
             self.register_buffer(name, torch.full((n,), float(value)))
 
@@ -554,8 +554,9 @@ class FrozenBatchNorm2d(nn.Module):
         return x * scale[:, None, None] + (self.bias - self.running_mean * scale)[:, None, None]
 
 
-def test_frozen_norms_of_other_libraries():
-    model = nn.Sequential(nn.Conv2d(4, 6, 3), FrozenBatchNorm2d(6), nn.ReLU())
+@pytest.mark.parametrize("eps", [1e-5, 0.0], ids=["usual", "torchvision's detectors"])
+def test_frozen_norms_of_other_libraries(eps):
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), FrozenBatchNorm2d(6, eps), nn.ReLU())
     _, report = all_folded(randomized(model).double(), example(SHAPES[2], torch.float64), 1e-13)
     assert pairs(report) == [("1", "0")]
 

@@ -173,14 +173,19 @@ def make_optimizer(network: nn.Module, arm: Arm) -> torch.optim.Optimizer:
 
 @contextmanager
 def repeatable() -> Iterator[None]:
-    """Asks cuDNN for the algorithms that add in a fixed order; its other settings stay."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.benchmark, cudnn.deterministic
+    """Asks cuDNN for the algorithms that add in a fixed order; its other settings stay.
+
+    Past ``torch.backends.cudnn``, whose attributes cannot be set once anything has imported torch's
+    test internals, and whose ``flags`` sets all the others too.
+    """
+    before = torch._C._get_cudnn_benchmark(), torch._C._get_cudnn_deterministic()
     try:
-        cudnn.benchmark, cudnn.deterministic = False, True
+        torch._C._set_cudnn_benchmark(False)
+        torch._C._set_cudnn_deterministic(True)
         yield
     finally:
-        cudnn.benchmark, cudnn.deterministic = before
+        torch._C._set_cudnn_benchmark(before[0])
+        torch._C._set_cudnn_deterministic(before[1])
 
 
 @repeatable()
