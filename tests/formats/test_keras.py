@@ -250,6 +250,23 @@ def test_files_of_keras_2(tmp_path):
     np.testing.assert_allclose(found.detach().permute(0, 2, 3, 1), wanted, rtol=1e-4, atol=1e-5)
 
 
+def swish(x):
+    return x * 2
+
+
+def twice(x: Any) -> Any:
+    add = type((x + 1.0)._keras_history.operation)()
+    return add(add(x, 1.0), 2.0)
+
+
+@keras.saving.register_keras_serializable("mine")
+class ReLU(L.Layer):
+    """Not Keras's."""
+
+    def call(self, x):
+        return keras.ops.relu(x) * 2
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -260,9 +277,17 @@ def test_files_of_keras_2(tmp_path):
         (lambda x: L.Conv2DTranspose(2, 3, strides=2, output_padding=1)(x), "output_padding and"),
         (lambda x: L.UpSampling2D(2, interpolation="bicubic")(x), "interpolation='bicubic'"),
         (lambda x: L.Activation("log_softmax")(x), "the activation 'log_softmax' is not supported"),
-        (lambda x: keras.ops.clip(x, 0.0, 1.0), "(Clip): this kind of layer is not supported"),
-        (lambda x: x**2.0, "a call with the number 2.0 is not supported"),
+        (lambda x: keras.ops.clip(x, 0.0, 1.0), "(Clip): this operation is not supported"),
+        (lambda x: x**2.0, "(Power): this operation is not supported"),
         (lambda x: L.Softmax(axis=(1, 2))(x), "softmax over several axes"),
+        (lambda x: L.ReLU(0.0)(x), "max_value=0.0 is not supported"),
+        (lambda x: L.Normalization(axis=1)(x), "axis=1 is not the channels'"),
+        (lambda x: L.Rescaling([[1.0]] * 8)(x), "are not one for each channel"),
+        (lambda x: L.Dropout(0.2, noise_shape=(None, 1, 1, 4))(x), "noise_shape is not supported"),
+        (lambda x: L.Activation(swish)(x), "'swish' is a function of somebody's own"),
+        (lambda x: ReLU()(x), "is a ReLU of somebody's own"),
+        (lambda x: keras.ops.average(x, axis=1), "(Average): this operation"),
+        (lambda x: twice(x), "is called twice, with unlike values"),
     ],
 )
 def test_layers_that_are_refused(tmp_path, build, message):
@@ -324,6 +349,14 @@ def replace_kernel(h5: Any, values: object) -> None:
     h5["layers/conv2d/vars/0"] = values
 
 
+def cycle(h5: Any) -> None:
+    h5["layers/conv2d/layers"] = h5["layers"]
+
+
+def not_a_number(h5: Any) -> None:
+    h5["layers/conv2d/vars/x"] = np.zeros(3)
+
+
 def elsewhere(h5: Any) -> None:
     del h5["layers/conv2d/vars/0"]
     h5["layers/conv2d/vars/0"] = h5py.ExternalLink("/etc/passwd", "/")
@@ -349,6 +382,9 @@ def bomb(h5: Any) -> None:
         (lambda h: replace_kernel(h, np.zeros((1, 1, 3, 3))), r"its kernel is \(1, 1, 3, 3\), but"),
         (lambda h: replace_kernel(h, np.array([b"x"])), "holds no numbers"),
         (elsewhere, "lies in another file or place"),
+        (cycle, "in two places"),
+        (not_a_number, "it is no file of Keras's"),
+        (lambda h: replace_kernel(h, np.zeros(())), r"its kernel is \(\)"),
         (stored_elsewhere, "lie in another file"),
         (bomb, "larger than the file"),
         (lambda h: h.__delitem__("layers/conv2d/vars/1"), "its bias is missing"),
@@ -371,7 +407,8 @@ def test_bad_weights(tmp_path, parts, change, message):
         (lambda c: "[" * 100_000, "its config is no JSON"),
         (lambda c: [1], "its config describes no model"),
         (lambda c: {**c, "class_name": "Mine"}, "a Mine is a class of somebody's own"),
-        (lambda c: {"class_name": "Functional", "config": {"layers": [1]}}, "cannot be understood"),
+        (lambda c: {"class_name": "Functional", "config": {"layers": [1]}}, "it is no file of"),
+        (lambda c: {**c, "config": {**c["config"], "input_layers": 3}}, "cannot be understood"),
         (lambda c: {"class_name": "Functional", "config": {"layers": []}}, "has no list of layers"),
     ],
 )
@@ -379,6 +416,67 @@ def test_bad_configs(tmp_path, parts, change, message):
     config, weights = parts
     with pytest.raises(FormatError, match=message):
         own.load(packed(tmp_path / "bad.keras", change(config), weights))
+
+
+def test_files_of_keras_before_3_6(tmp_path):
+    """They do not say which layer arrays are of: classes are numbered in the config's order."""
+
+    def build(x):
+        side = L.Conv2D(4, 1, name="b")(x)
+        inner = keras.Sequential([keras.Input((4, 4, 4)), L.Conv2D(4, 1, name="a")], name="in")
+        return L.Add()([side, inner(L.ReLU()(L.Conv2D(4, 1, name="c")(x)))])
+
+    model = model_of(build, 4, 4, 2)
+    compare(tmp_path, model, ends=("keras",))
+    x = torch.rand(2, 2, 4, 4)
+    wanted = own.load(tmp_path / "model.keras")(x)
+    with zipfile.ZipFile(tmp_path / "model.keras") as archive:
+        config, weights = archive.read("config.json"), archive.read("model.weights.h5")
+
+    def forget(h5: Any) -> None:
+        h5.visititems(lambda _, group: group.attrs.pop("name", None) and None)
+
+    path = packed(tmp_path / "old.keras", config.decode(), spoiled(weights, forget))
+    torch.testing.assert_close(own.load(path)(x), wanted)
+
+
+def test_hard_sigmoid_of_keras_2(tmp_path):
+    model_of(lambda x: L.Activation("hard_sigmoid")(x), 2, 2, 1).save(tmp_path / "m.h5")
+    for version, wanted in (("3.15.0", 2 / 3), ("2.15.0", 0.7)):
+        with h5py.File(tmp_path / "m.h5", "r+") as file:
+            file.attrs["keras_version"] = version
+        y = own.load(tmp_path / "m.h5")(torch.ones(1, 1, 2, 2))
+        torch.testing.assert_close(y, torch.full((1, 1, 2, 2), wanted))
+
+
+def test_models_in_h5_files_and_long_lists(tmp_path):
+    def build(x):
+        return keras.Sequential([keras.Input((4, 4, 2)), L.Conv2D(4, 1)], name="inner")(x)
+
+    model_of(build, 4, 4, 2).save(tmp_path / "m.h5")
+    with pytest.raises(FormatError, match=r"'inner' is among the layers of an \.h5 file"):
+        own.load(tmp_path / "m.h5")
+    wanted = old_keras_file(tmp_path / "old.h5")
+    with h5py.File(tmp_path / "old.h5", "r+") as file:
+        names = file["model_weights"].attrs.pop("layer_names")
+        file["model_weights"].attrs["layer_names0"] = names[:2]
+        file["model_weights"].attrs["layer_names1"] = names[2:]
+    x = torch.from_numpy(np.load(tmp_path / "old.npy")).permute(0, 3, 1, 2)
+    found = own.load(tmp_path / "old.h5")(x).detach().permute(0, 2, 3, 1)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_made_before_its_arrays_are_seen(tmp_path):
+    layers = [
+        {"class_name": "InputLayer", "config": {"name": "i", "batch_shape": [None, 10**12]}},
+        {"class_name": "BatchNormalization", "config": {"name": "b", "scale": False}},
+    ]
+    config = {"class_name": "Sequential", "config": {"layers": layers}}
+    with h5py.File(tmp_path / "w.h5", "w") as file:
+        file.create_group("layers")
+    path = packed(tmp_path / "m.keras", config, (tmp_path / "w.h5").read_bytes())
+    with pytest.raises(FormatError, match="its beta is missing among the weights"):
+        own.load(path)
 
 
 def test_bad_settings(tmp_path, parts):
@@ -396,6 +494,8 @@ def test_bad_settings(tmp_path, parts):
         (2, "axis", 7, "axis 7 of 4"),
         (2, "renorm", True, "batch renormalization is not supported"),
         (2, "momentum", 3, "decay must be between 0 and 1"),
+        (1, "groups", 0, "cannot be understood"),
+        (1, "filters", float("inf"), "cannot be understood"),
     ]:
         before = layers[at]["config"].get(key)
         layers[at]["config"][key] = value

@@ -78,7 +78,7 @@ def _set(layer: Any, weight: Tensor, bias: Tensor | None) -> None:
 
 def _behind(place: Place, module: nn.Module, shape: Shape) -> Built:
     """A layer with the activation that its config names."""
-    after = Place(place.name, place.kind, place.config, [shape], place.first, [])
+    after = Place(place.name, place.kind, place.config, [shape], place.first, [], place.old)
     activation = activation_of(after, place.config.get("activation"))
     return chain(layer=module, activation=activation), shape
 
@@ -173,6 +173,10 @@ def _batch_normalization(place: Place) -> Built:
     count = place.shape[(axis + len(place.shape) + 1 if axis < 0 else axis) - 1]
     eps = float(place.config.get("epsilon", 1e-3))
     momentum = momentum_from_decay(float(place.config.get("momentum", 0.99)))
+    weight = place.take("gamma", count) if place.flag("scale", True) else None
+    beta = place.take("beta", count) if place.flag("center", True) else None
+    statistics = [place.take(name, count) for name in ("moving_mean", "moving_variance")]
+    bias = torch.zeros(count) if beta is None else beta
     norm: Any
     if len(place.shape) == 1:
         norm = nn.BatchNorm1d(count, eps, momentum)
@@ -182,14 +186,9 @@ def _batch_normalization(place: Place) -> Built:
         owner = "nchw"[dim]
         sizes: dict[str, Any] = {owner: count}
         norm = Norm(f"n c h w -> {owner}", eps=eps, momentum=momentum, **sizes)
-    weight = place.take("gamma", count) if place.flag("scale", True) else torch.ones(count)
-    bias = place.take("beta", count) if place.flag("center", True) else torch.zeros(count)
-    _set(norm, weight, bias)
-    for name, statistic in (
-        ("moving_mean", norm.running_mean),
-        ("moving_variance", norm.running_var),
-    ):
-        statistic.copy_(place.take(name, count))
+    _set(norm, torch.ones(count) if weight is None else weight, bias)
+    norm.running_mean.copy_(statistics[0])
+    norm.running_var.copy_(statistics[1])
     if not bool((norm.running_var >= 0).all()):
         raise place.error("its moving_variance has values below 0, or that are no numbers")
     return norm, place.shape
@@ -321,35 +320,49 @@ def _concatenate(place: Place) -> Built:
 
 
 def _rescaling(place: Place) -> Built:
-    def numbers(value: Any) -> Tensor:
-        found = torch.tensor(value, dtype=torch.float32)
-        return _per_channel(place, found)
-
     scale, offset = place.config["scale"], place.config.get("offset", 0.0)
-    return own.Affine(numbers(scale), numbers(offset)), place.shape
+    if place.first and isinstance(offset, list) and len(place.shape) == 3:
+        raise place.error("an offset for each channel is not supported with channels first")
+    numbers = [_per_channel(place, torch.tensor(v, dtype=torch.float32)) for v in (scale, offset)]
+    return own.Affine(*numbers), place.shape
 
 
 def _normalization(place: Place) -> Built:
     """Keras's Normalization: of the data, with fixed numbers."""
+    axis = place.config.get("axis", -1)
+    axis = axis[0] if isinstance(axis, list) and len(axis) == 1 else axis
     if place.flag("invert", False):
         raise place.error("invert=True is not supported")
-    count = place.shape[0 if place.first and len(place.shape) == 3 else -1]
+    if axis is not None and (not isinstance(axis, int) or place.axis(axis) != 1):
+        raise place.error(f"axis={axis} is not the channels', which is not supported")
     if place.config.get("mean") is not None:
         mean, variance = (torch.tensor(place.config[k]).float() for k in ("mean", "variance"))
     else:
-        mean, variance = place.take("mean", count), place.take("variance", count)
+        count = () if axis is None else (_channels(place),)
+        mean, variance = place.take("mean", *count), place.take("variance", *count)
         place.arrays.clear()  # how many values were seen
     scale = 1 / variance.sqrt().clamp(min=1e-7)
     return own.Affine(_per_channel(place, scale), _per_channel(place, -mean * scale)), place.shape
 
 
+def _channels(place: Place) -> int:
+    return place.shape[0 if place.first and len(place.shape) == 3 else -1]
+
+
 def _per_channel(place: Place, values: Tensor) -> Tensor:
-    values = values.flatten() if values.numel() > 1 else values.reshape(())
-    return values[:, None, None] if values.dim() and len(place.shape) == 3 else values
+    """A number for all, or one for each channel, beside images or vectors."""
+    if values.numel() == 1:
+        return values.reshape(())
+    if values.squeeze().shape != (_channels(place),) or values.shape[-1] != _channels(place):
+        raise place.error(f"its numbers of {tuple(values.shape)} are not one for each channel")
+    values = values.flatten()
+    return values[:, None, None] if len(place.shape) == 3 else values
 
 
 def _dropout(place: Place) -> Built:
     rate = float(place.config["rate"])
+    if place.config.get("noise_shape") is not None:
+        raise place.error("noise_shape is not supported; SpatialDropout2D drops whole channels")
     kind = nn.Dropout2d if place.kind == "SpatialDropout2D" else nn.Dropout
     return kind(rate), place.shape
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import io
 import json
+import lzma
+import re
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -28,6 +31,11 @@ Arrays = list[NDArray[Any]]
 Weights = dict[tuple[str, ...], Arrays]
 
 _LARGEST_CONFIG: Final = 2**26
+_DAMAGES: Final = (
+    OSError, LookupError, ValueError, TypeError, AttributeError, EOFError, RuntimeError,
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError,
+)  # fmt: skip
+"""What the libraries raise for files that are not what they seem."""
 _LAYERS: Final = ("layers", "_layer_checkpoint_dependencies")
 """Where a model's layers are; files of Keras 2.13 have the second name."""
 _MOST_UNPACKED: Final = 20
@@ -42,11 +50,13 @@ class Saved:
         name: of the file, for messages.
         config: of the model: its class_name and config.
         weights: arrays by the names of a layer and of the models around it, outermost first.
+        is_old: Keras 2 wrote it.
     """
 
     name: str
     config: dict[str, Any]
     weights: Weights
+    is_old: bool
 
 
 def read(path: Path) -> Saved:
@@ -65,7 +75,9 @@ def read(path: Path) -> Saved:
         if zipfile.is_zipfile(path):
             return _read_zip(path)
         return _read_h5(path)
-    except (OSError, KeyError, zipfile.BadZipFile, RuntimeError, UnicodeDecodeError) as error:
+    except FormatError:
+        raise
+    except _DAMAGES as error:
         raise FormatError(f"{path}: it is no file of Keras's ({first_line(error)})") from error
 
 
@@ -84,10 +96,11 @@ def _read_zip(path: Path) -> Saved:
                 raise FormatError(f"{path}: {name} would be {size:,} bytes, which cannot be right")
         config = _parsed(archive.read("config.json"), str(path))
         data = archive.read("model.weights.h5")
+        about = json.loads(archive.read("metadata.json")) if "metadata.json" in names else {}
     with _opened(io.BytesIO(data), len(data)) as file:
         weights: Weights = {}
-        _collect(file.group(""), (), weights, file)
-    return Saved(str(path), config, weights)
+        _collect(file.group(""), (), config, weights, file)
+    return Saved(str(path), config, weights, _is_old(about.get("keras_version")))
 
 
 def _read_h5(path: Path) -> Saved:
@@ -100,10 +113,25 @@ def _read_h5(path: Path) -> Saved:
         config = _parsed(root.attrs["model_config"], str(path))
         groups = file.group("model_weights")
         weights: Weights = {}
-        for layer in map(_text, groups.attrs["layer_names"]):
-            names = map(_text, file.group(f"model_weights/{layer}").attrs["weight_names"])
+        for layer in _names(groups.attrs, "layer_names"):
+            names = _names(file.group(f"model_weights/{layer}").attrs, "weight_names")
             weights[layer,] = [file.array(f"model_weights/{layer}/{name}") for name in names]
-    return Saved(str(path), config, weights)
+        version = root.attrs.get("keras_version")
+    return Saved(str(path), config, weights, _is_old(version))
+
+
+def _names(attributes: Any, key: str) -> list[str]:
+    """A list among a group's attributes, which is in numbered parts where it is long."""
+    parts = [attributes[key]] if key in attributes else []
+    while key not in attributes and f"{key}{len(parts)}" in attributes:
+        parts.append(attributes[f"{key}{len(parts)}"])
+    if not parts:
+        raise FormatError(f"its attribute '{key}' is missing")
+    return [_text(name) for part in parts for name in part]
+
+
+def _is_old(version: Any) -> bool:
+    return version is not None and _text(version).startswith(("1.", "2."))
 
 
 def _parsed(text: bytes | str, name: str) -> dict[str, Any]:
@@ -125,6 +153,7 @@ class _File:
 
     def __init__(self, h5: Any, size: int) -> None:
         self.h5, self.left = h5, _MOST_UNPACKED * size + 2**16
+        self.seen: set[int] = set()
 
     def group(self, path: str) -> Any:
         """A group by its path from the root, through no link to elsewhere."""
@@ -135,6 +164,17 @@ class _File:
             if not isinstance(found.get(name, getlink=True), h5py.HardLink):
                 raise FormatError(f"{self.h5.filename}: '{path}' lies in another file or place")
             found = found[name]
+        return found
+
+    def once(self, path: str) -> Any:
+        """A group that nothing else has been."""
+        import h5py
+
+        found = self.group(path)
+        address = int(h5py.h5o.get_info(found.id).addr)
+        if address in self.seen:
+            raise FormatError(f"'{path}' is in the file in two places; it is damaged")
+        self.seen.add(address)
         return found
 
     def array(self, path: str) -> NDArray[Any]:
@@ -159,14 +199,42 @@ def _opened(source: Any, size: int) -> Iterator[_File]:
         yield _File(h5, size)
 
 
-def _collect(group: Any, around: tuple[str, ...], weights: Weights, file: _File) -> None:
+def _collect(
+    group: Any,
+    around: tuple[str, ...],
+    model: Mapping[str, Any],
+    weights: Weights,
+    file: _File,
+) -> None:
     """The arrays of a model's layers, and of the models among them."""
     found = next((key for key in _LAYERS if key in group), None)
     if found is None:
         return  # what misses its arrays will say so
+    entries = _entries(model)
     for key in file.group(f"{group.name}/{found}"):
-        layer = file.group(f"{group.name}/{found}/{key}")
+        layer = file.once(f"{group.name}/{found}/{key}")
         held = file.group(f"{layer.name}/vars")
-        path = (*around, _text(held.attrs.get("name", key)))
+        inner = entries.get(key, {})
+        name = held.attrs.get("name", inner.get("name", key))
+        path = (*around, _text(name))
         weights[path] = [file.array(f"{held.name}/{place}") for place in sorted(held, key=int)]
-        _collect(layer, path, weights, file)
+        _collect(layer, path, inner, weights, file)
+
+
+def _entries(model: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """A model's layers by their keys among the weights: the class in snake case, numbered.
+
+    Until Keras 3.6 nothing else said which layer the weights are of.
+    """
+    found: dict[str, Mapping[str, Any]] = {}
+    counts: dict[str, int] = {}
+    config = model.get("config")
+    for entry in config.get("layers", ()) if isinstance(config, Mapping) else ():
+        kind = re.sub(r"\W+", "", str(entry["class_name"]))
+        kind = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", kind)
+        kind = re.sub("([a-z])([A-Z])", r"\1_\2", kind).lower()
+        number = counts.get(kind, 0)
+        counts[kind] = number + 1
+        name = entry.get("name") or entry["config"]["name"]
+        found[f"{kind}_{number}" if number else kind] = {**entry, "name": name}
+    return found

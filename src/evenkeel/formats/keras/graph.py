@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Final
 
 from ...errors import FormatError
 
@@ -58,8 +58,7 @@ def graph_of(model: Mapping[str, Any], name: str) -> Graph:
         raise FormatError(f"{name}: its {kind} has no list of layers; only Sequential and "
                           "Functional models say what they are made of")  # fmt: skip
     try:
-        layers = {_name(entry): (str(entry["class_name"]), dict(entry["config"]))
-                  for entry in entries}  # fmt: skip
+        layers = {_name(entry): (_kind(entry), dict(entry["config"])) for entry in entries}
         if len(layers) < len(entries):
             raise FormatError(f"{name}: two layers have the same name")
         if kind == "Sequential":
@@ -72,11 +71,33 @@ def graph_of(model: Mapping[str, Any], name: str) -> Graph:
         calls = {call.value: call for entry in entries for call in _calls(entry)}
         inputs = tuple(_ends(config["input_layers"]))
         outputs = tuple(_ends(config["output_layers"]))
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except FormatError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise FormatError(f"{name}: its config cannot be understood ({error!r})") from error
     for value in inputs:
         calls[value] = Call(value, ())
     return Graph(layers, tuple(_sorted(calls, name)), inputs, outputs)
+
+
+def _kind(entry: Mapping[str, Any]) -> str:
+    """A layer's class, which must be Keras's own: others may have its name."""
+    kind = str(entry["class_name"])
+    module, registered = entry.get("module", "keras"), entry.get("registered_name")
+    own = str(module).split(".")[0] in ("keras", "tf_keras", "tensorflow")
+    if not own or ">" in str(registered):
+        raise FormatError(
+            f"layer '{_name(entry)}' is a {kind} of somebody's own, which the file does not hold"
+        )
+    if ".ops." in str(module) and kind not in _OPERATORS:
+        raise FormatError(f"layer '{_name(entry)}' ({kind}): this operation is not supported")
+    return kind
+
+
+_OPERATORS: Final = (
+    "Add", "Concatenate", "Maximum", "Minimum", "Multiply", "Softmax", "Subtract",
+)  # fmt: skip
+"""Operations that compute what the layers of these names do."""
 
 
 def _name(entry: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,12 @@ from .graph import Graph, Value, graph_of
 from .places import Place, Shape
 
 __all__ = ["Network", "load"]
+
+
+_MISTAKES: Final = (
+    LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError,
+    AssertionError,
+)  # fmt: skip
 
 
 class Network(nn.Module):
@@ -42,11 +48,12 @@ class Network(nn.Module):
         around: tuple[str, ...] = (),
         given: Shape | None = None,
         first: bool = False,
+        old: bool = False,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleDict()
         self._names: dict[str, str] = {}
-        seen: dict[str, tuple[list[Shape], Shape]] = {}
+        seen: dict[str, tuple[list[Shape], Any, Shape]] = {}
         shapes: dict[Value, Shape] = {}
         if len(graph.inputs) != 1:
             raise FormatError(f"a model of {len(graph.inputs)} inputs is not supported")
@@ -60,17 +67,15 @@ class Network(nn.Module):
                 continue
             before = [shapes[source] for source in call.sources]
             if layer in seen:
-                if seen[layer][0] != before:
-                    raise FormatError(
-                        f"layer '{layer}' is called with {seen[layer][0]} and {before}"
-                    )
+                if seen[layer][:2] != (before, call.number):
+                    raise FormatError(f"layer '{layer}' is called twice, with unlike values")
             else:
                 path = (*around, layer)
                 config = {**config, "number": call.number}
-                module, gives = _built(path, kind, config, before, first, weights)
+                module, gives = _built(path, kind, config, before, weights, first, old)
                 self._names[layer] = self._added(layer, module)
-                seen[layer] = before, gives
-            shapes[call.value] = seen[layer][1]
+                seen[layer] = before, call.number, gives
+            shapes[call.value] = seen[layer][2]
             self._calls.append((call.value, self._names[layer], call.sources))
         self._outputs = list(graph.outputs)
         self.result = [shapes[value] for value in self._outputs]
@@ -113,13 +118,13 @@ def load(path: str | os.PathLike[str]) -> Network:
     """
     saved = read(Path(path))
     graph = graph_of(saved.config, saved.name)
-    first = _channels_first(saved.config)
     try:
+        first = _channels_first(saved.config)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            network = Network(graph, saved.weights, first=first)
+            network = Network(graph, saved.weights, first=first, old=saved.is_old)
     except FormatError as error:
         raise FormatError(f"{saved.name}: {error}") from error
-    except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
+    except _MISTAKES as error:
         raise FormatError(f"{saved.name}: its config cannot be understood ({error!r})") from error
     return network.eval()
 
@@ -129,17 +134,23 @@ def _built(
     kind: str,
     config: Mapping[str, Any],
     before: list[Shape],
-    first: bool,
     weights: Weights,
+    first: bool,
+    old: bool,
 ) -> tuple[nn.Module, Shape]:
     """One layer's module, or that of a model among the layers."""
     if kind in ("Sequential", "Functional", "Model"):
         inner = graph_of({"class_name": kind, "config": config}, path[-1])
-        nested = Network(inner, weights, path, before[0], first)
+        if weights.get(path):
+            raise FormatError(
+                f"the model '{path[-1]}' is among the layers of an .h5 file, whose weights do not "
+                "say which layers they are of; save it as .keras"
+            )
+        nested = Network(inner, weights, path, before[0], first, old)
         if nested.outputs != 1:
             raise FormatError(f"the model '{path[-1]}' among the layers gives several values")
         return nested, nested.result[0]
-    place = Place(path[-1], kind, config, before, first, list(weights.get(path, ())))
+    place = Place(path[-1], kind, config, before, first, list(weights.get(path, ())), old)
     if config["number"] is not None and kind not in ARITHMETIC:
         raise place.error(f"a call with the number {config['number'][0]} is not supported")
     if kind not in BUILDERS:

@@ -36,6 +36,7 @@ class Place:
         given: shapes of what it is given, as Keras sees them.
         first: the network's images have their channels first.
         arrays: its numbers, which `take` hands out in their order.
+        old: Keras 2 wrote the file.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Place:
     given: Sequence[Shape]
     first: bool
     arrays: Arrays
+    old: bool = False
 
     @property
     def shape(self) -> Shape:
@@ -118,10 +120,12 @@ def activation_of(place: Place, given: Any) -> nn.Module:
         inner = given.get("config")
         if isinstance(inner, Mapping) and "class_name" in given:
             return layer_activation(place, str(given["class_name"]), inner)
-        given = inner
+        raise place.error(f"its activation '{inner}' is a function of somebody's own")
     name = "linear" if given is None else str(given)
     if name == "softmax":
         return nn.Softmax(place.axis(-1))
+    if name == "hard_sigmoid" and place.old:
+        return HardSigmoid(1 / 5)
     if name not in _ACTIVATIONS:
         raise place.error(f"the activation '{name}' is not supported")
     return _ACTIVATIONS[name]()
@@ -138,6 +142,8 @@ def layer_activation(place: Place, kind: str, config: Mapping[str, Any]) -> nn.M
         if config.get("threshold") or (slope and top is not None):
             raise place.error("a threshold, or a slope with a maximum, is not supported")
         if top is not None:
+            if not top > 0:
+                raise place.error(f"max_value={top} is not supported")
             return nn.ReLU6() if top == 6 else nn.Hardtanh(0.0, float(top))
         return nn.LeakyReLU(float(slope)) if slope else nn.ReLU()
     if kind == "LeakyReLU":
