@@ -283,7 +283,6 @@ class ReLU(L.Layer):
         (lambda x: L.ReLU(0.0)(x), "max_value=0.0 is not supported"),
         (lambda x: L.Normalization(axis=1)(x), "axis=1 is not the channels'"),
         (lambda x: L.Rescaling([[1.0]] * 8)(x), "are not one for each channel"),
-        (lambda x: L.Dropout(0.2, noise_shape=(None, 1, 1, 4))(x), "noise_shape is not supported"),
         (lambda x: L.Activation(swish)(x), "'swish' is a function of somebody's own"),
         (lambda x: ReLU()(x), "is a ReLU of somebody's own"),
         (lambda x: keras.ops.average(x, axis=1), "(Average): this operation"),
@@ -438,6 +437,17 @@ def test_files_of_keras_before_3_6(tmp_path):
 
     path = packed(tmp_path / "old.keras", config.decode(), spoiled(weights, forget))
     torch.testing.assert_close(own.load(path)(x), wanted)
+
+
+@pytest.mark.parametrize("noise", [(None, 1, 1, 1), (None, 1, 1, 4), (None, 6, 1, None)])
+def test_dropout_that_is_shared(tmp_path, noise):
+    model = model_of(lambda x: L.Dropout(0.4, noise_shape=noise)(x), 6, 5, 4)
+    network = compare(tmp_path, model).train()
+    y = network(torch.ones(500, 4, 6, 5)).permute(0, 2, 3, 1)
+    assert sorted(set(y.flatten().tolist())) == pytest.approx([0, 1 / 0.6])
+    assert float((y == 0).float().mean()) == pytest.approx(0.4, abs=0.1)
+    for axis, size in enumerate(noise):
+        assert bool((y == y.narrow(axis, 0, 1)).all()) == (size == 1)
 
 
 def test_hard_sigmoid_of_keras_2(tmp_path):

@@ -361,8 +361,12 @@ def _per_channel(place: Place, values: Tensor) -> Tensor:
 
 def _dropout(place: Place) -> Built:
     rate = float(place.config["rate"])
-    if place.config.get("noise_shape") is not None:
-        raise place.error("noise_shape is not supported; SpatialDropout2D drops whole channels")
+    noise = place.config.get("noise_shape")
+    if noise is not None:
+        if len(noise) != len(place.shape) + 1 or not {*noise[1:]} <= {1, None, *place.shape}:
+            raise place.error(f"noise_shape={noise} does not fit {place.shape}")
+        shared = {place.axis(at) for at, size in enumerate(noise) if size == 1}
+        return own.SharedDropout(rate, shared), place.shape
     kind = nn.Dropout2d if place.kind == "SpatialDropout2D" else nn.Dropout
     return kind(rate), place.shape
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from typing import Final
 
@@ -19,6 +19,7 @@ __all__ = [
     "HardSigmoid",
     "Merge",
     "Pool",
+    "SharedDropout",
     "WithNumber",
 ]
 
@@ -168,6 +169,23 @@ class Pool(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{'maximum' if self.largest else 'mean'}, keep={self.keep}"
+
+
+class SharedDropout(nn.Module):
+    """Dropout that is one for all along some axes: along all but the batch it drops samples."""
+
+    def __init__(self, rate: float, shared: Iterable[int]) -> None:
+        super().__init__()
+        self.rate, self.shared = rate, frozenset(shared)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        sizes = [1 if d in self.shared else x.size(d) for d in range(x.dim())]
+        return x * F.dropout(x.new_ones(sizes), self.rate)
+
+    def extra_repr(self) -> str:
+        return f"{self.rate}, shared={sorted(self.shared)}"
 
 
 class HardSigmoid(nn.Module):
