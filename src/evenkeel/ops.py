@@ -295,46 +295,27 @@ def _verbs(wish: str, view: View, x: Tensor) -> Backend:
     return load(choose(wish, view, x.dtype, x.device).name)
 
 
-def norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    kept: Sequence[int],
-    eps: float,
-    act: Activation,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y and statistics of `norm_op`; by torch's operations one by one where that is wanted."""
-    given = (x, weight, bias, residual, mean, var, kept, eps)
+def norm(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """y and statistics of `norm_op`; by torch's operations one by one where that is wanted.
+
+    ``given`` is what the op takes, with the activation as one value.
+    """
     if plainly.is_wanted():
-        return plainly.norm(*given, act)
-    y, own_mean, own_var, _ = norm_op(*given, act.name, act.slope, backend)
-    return y, own_mean, own_var
+        return plainly.norm(*given[:-1])
+    *known, act, backend = given
+    y, mean, var, _ = norm_op(*known, act.name, act.slope, backend)
+    return y, mean, var
 
 
-def gradients(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    bits: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Those of `norm_backward`; by torch's operations one by one where dy has a tangent."""
+def gradients(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `norm_backward` gives for the same; by torch's operations one by one for tangents."""
     if not plainly.has_tangents():
-        given = (dy, x, weight, bias, residual, bits, mean, var)
-        found: tuple[Tensor, Tensor, Tensor, Tensor] = norm_backward(*given, *rest)
+        found: tuple[Tensor, Tensor, Tensor, Tensor] = norm_backward(*given)
         return found
-    from_batch, kept, eps, activation, slope, _ = rest
+    dy, x, weight, bias, residual, bits, mean, var, from_batch, kept, eps, name, slope, _ = given
     if bits is not None:
         x, view = dense(x, kept)
         through = _triton(load("triton")).through(x, view, bits)
         residual = plainly.stand_in(x, view, weight, bias, mean, var, eps, through)
-    act = Activation(activation, slope)
+    act = Activation(name, slope)
     return plainly.gradients(dy, x, weight, bias, residual, mean, var, from_batch, kept, eps, act)

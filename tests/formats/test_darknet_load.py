@@ -213,7 +213,7 @@ def test_a_file_of_the_first_layers(tmp_path):
     whole, part = (loaded(tmp_path, CLASSIFIER, d, partial=True) for d in (data, short))
     assert torch.equal(whole.layers[0].conv.weight, part.layers[0].conv.weight)
     assert torch.equal(part.layers[2].norm.running_var, torch.ones(8))
-    with pytest.raises(FormatError, match=r"is it of another \.cfg"):
+    with pytest.raises(FormatError, match=r"is it whole, and of this \.cfg"):
         loaded(tmp_path, CLASSIFIER, short[:-8], partial=True)
 
 

@@ -11,22 +11,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from . import options
 from .console import console, device_named
 from .network import share_cores
-from .options import (
-    Build,
-    Classes,
-    Device,
-    Dtypes,
-    DynamicBatch,
-    Example,
-    Inputs,
-    NetworkOrFile,
-    Opset,
-    Overwrite,
-    OwnModelOfFile,
-    Weights,
-)  # fmt: skip
 from .output import FORMATS, check_out, write_out
 from .subject import Given
 
@@ -34,19 +21,19 @@ __all__ = ["convert"]
 
 
 def convert(
-    network: NetworkOrFile,
+    network: options.NetworkOrFile,
     out: Annotated[Path, typer.Option("--out", "-o", help=f"The new file: {FORMATS}")],
-    weights: Weights = None,
-    input_shape: Inputs = None,
-    dtype: Dtypes = None,
-    example: Example = None,
-    classes: Classes = None,
-    dynamic_batch: DynamicBatch = True,
-    opset: Opset = None,
-    model: OwnModelOfFile = None,
-    convention: Build = None,
-    device: Device = "auto",
-    overwrite: Overwrite = False,
+    weights: options.Weights = None,
+    input_shape: options.Inputs = None,
+    dtype: options.Dtypes = None,
+    example: options.Example = None,
+    classes: options.Classes = None,
+    dynamic_batch: options.DynamicBatch = True,
+    opset: options.Opset = None,
+    model: options.OwnModelOfFile = None,
+    convention: options.Build = None,
+    device: options.Device = "auto",
+    overwrite: options.Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Convert a network of Darknet, Keras or torch to Darknet, ONNX or torch, norms as they are.

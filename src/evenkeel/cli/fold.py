@@ -13,22 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import ConfigError
+from . import options
 from .console import console, device_named
 from .network import note, share_cores
-from .options import (
-    Build,
-    Classes,
-    Device,
-    Dtypes,
-    DynamicBatch,
-    Example,
-    Inputs,
-    NetworkOrFile,
-    Opset,
-    Overwrite,
-    OwnModelOfFile,
-    Weights,
-)  # fmt: skip
 from .output import FORMATS, check_out, write_out
 from .subject import Given
 
@@ -41,7 +28,7 @@ __all__ = ["fold"]
 
 
 def fold(
-    network: NetworkOrFile,
+    network: options.NetworkOrFile,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -50,17 +37,17 @@ def fold(
             help=f"The new file: {FORMATS} Without it nothing is written.",
         ),
     ] = None,
-    weights: Weights = None,
-    input_shape: Inputs = None,
-    dtype: Dtypes = None,
-    example: Example = None,
-    classes: Classes = None,
-    dynamic_batch: DynamicBatch = True,
-    opset: Opset = None,
-    model: OwnModelOfFile = None,
-    convention: Build = None,
-    device: Device = "auto",
-    overwrite: Overwrite = False,
+    weights: options.Weights = None,
+    input_shape: options.Inputs = None,
+    dtype: options.Dtypes = None,
+    example: options.Example = None,
+    classes: options.Classes = None,
+    dynamic_batch: options.DynamicBatch = True,
+    opset: options.Opset = None,
+    model: options.OwnModelOfFile = None,
+    convention: options.Build = None,
+    device: options.Device = "auto",
+    overwrite: options.Overwrite = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="If a norm stays, write nothing and exit with 1.")
     ] = False,

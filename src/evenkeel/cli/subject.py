@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,13 +54,20 @@ class Given:
     dtypes: list[str]
     example: Path | None
     any_batch: bool = True
-    shapes: list[tuple[int, ...]] = field(init=False)
-    kinds: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
         self._check()
-        object.__setattr__(self, "shapes", [shape_of(text) for text in self.inputs])
-        object.__setattr__(self, "kinds", _dtypes(self.dtypes, len(self.inputs)))
+        _ = self.shapes, self.kinds  # which say what is wrong with them before any work
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of the inputs."""
+        return [shape_of(text) for text in self.inputs]
+
+    @property
+    def kinds(self) -> list[str]:
+        """The type of each input."""
+        return _dtypes(self.dtypes, len(self.inputs))
 
     @property
     def is_trained(self) -> bool:

@@ -119,4 +119,5 @@ def _check_count(found: list[Run], count: int, partial: bool, weights: str, cfg:
             f"{text}; it ends with layer {layers[0]}: with partial=True the others keep their "
             "initial weights"
         )
-    raise FormatError(f"{text}; is it of another .cfg?")
+    what = "is it whole, and of this .cfg?" if count < total else "is it of another .cfg?"
+    raise FormatError(f"{text}; {what}")

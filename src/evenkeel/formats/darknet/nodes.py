@@ -151,10 +151,8 @@ def _same(writer: Writer, node: fx.Node, _: Any) -> None:
 
 
 def _dropout(writer: Writer, node: fx.Node, module: nn.Dropout | None) -> None:
-    if writer.placed(writer.source(node)) < 0:
-        return _same(
-            writer, node, None
-        )  # Darknet reads before its first layer, if that is [dropout]
+    if writer.placed(writer.source(node)) < 0:  # a first [dropout] reads before the first layer
+        return _same(writer, node, None)
     chance = _sizes(node, module, "p")["p"]
     options = {"probability": 0.5 if chance is None else chance}
     return writer.add(node, writer.source(node), Layer("dropout", options))

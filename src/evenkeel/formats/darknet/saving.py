@@ -108,6 +108,8 @@ def save(
     else:
         kept = None if like is None else _without_norms(like, network, chosen)
         made = kept or as_network(network, example, chosen)
+    with torch.device("meta"):  # what this build does not take is told of the user's own file
+        Network(made.sections, chosen)
     with whole(cfg, ConfigError) as first, whole(weights, ConfigError) as second:
         _write(made, first, second, chosen)
         size = second.stat().st_size

@@ -75,10 +75,13 @@ def read(path: Path) -> Saved:
         if zipfile.is_zipfile(path):
             return _read_zip(path)
         return _read_h5(path)
-    except FormatError:
-        raise
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}") from error
     except _DAMAGES as error:
-        raise FormatError(f"{path}: it is no file of Keras's ({first_line(error)})") from error
+        raise FormatError(
+            f"{path}: it is no file of Keras's, or a damaged one ({first_line(error)}); save the "
+            "model again, model.save('x.keras')"
+        ) from error
 
 
 def _read_zip(path: Path) -> Saved:
@@ -86,15 +89,15 @@ def _read_zip(path: Path) -> Saved:
         names = set(archive.namelist())
         if not {"config.json", "model.weights.h5"} <= names:
             raise FormatError(
-                f"{path}: a .keras file holds config.json and model.weights.h5, this one "
+                "a .keras file holds config.json and model.weights.h5, this one "
                 f"{', '.join(sorted(names)[:4]) or 'nothing'}"
             )
         room = _MOST_UNPACKED * path.stat().st_size + 2**16
         for name, most in (("config.json", _LARGEST_CONFIG), ("model.weights.h5", room)):
             size = archive.getinfo(name).file_size
             if size > most:
-                raise FormatError(f"{path}: {name} would be {size:,} bytes, which cannot be right")
-        config = _parsed(archive.read("config.json"), str(path))
+                raise FormatError(f"{name} would be {size:,} bytes, which cannot be right")
+        config = _parsed(archive.read("config.json"))
         data = archive.read("model.weights.h5")
         about = json.loads(archive.read("metadata.json")) if "metadata.json" in names else {}
     with _opened(io.BytesIO(data), len(data)) as file:
@@ -107,10 +110,8 @@ def _read_h5(path: Path) -> Saved:
     with _opened(path, path.stat().st_size) as file:
         root = file.group("")
         if "model_config" not in root.attrs:
-            raise FormatError(
-                f"{path}: it holds weights alone; save the whole model, model.save('x.keras')"
-            )
-        config = _parsed(root.attrs["model_config"], str(path))
+            raise FormatError("it holds weights alone; save the whole model, model.save('x.keras')")
+        config = _parsed(root.attrs["model_config"])
         groups = file.group("model_weights")
         weights: Weights = {}
         for layer in _names(groups.attrs, "layer_names"):
@@ -134,13 +135,13 @@ def _is_old(version: Any) -> bool:
     return version is not None and _text(version).startswith(("1.", "2."))
 
 
-def _parsed(text: bytes | str, name: str) -> dict[str, Any]:
+def _parsed(text: bytes | str) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{name}: its config is no JSON ({first_line(error)})") from error
+        raise FormatError(f"its config is no JSON ({first_line(error)})") from error
     if not isinstance(found, dict) or not isinstance(found.get("config"), dict):
-        raise FormatError(f"{name}: its config describes no model")
+        raise FormatError("its config describes no model")
     return found
 
 
@@ -162,7 +163,7 @@ class _File:
         found = self.h5
         for name in filter(None, path.split("/")):
             if not isinstance(found.get(name, getlink=True), h5py.HardLink):
-                raise FormatError(f"{self.h5.filename}: '{path}' lies in another file or place")
+                raise FormatError(f"'{path}' lies in another file or place")
             found = found[name]
         return found
 

@@ -46,7 +46,7 @@ class Graph:
     outputs: tuple[Value, ...]
 
 
-def graph_of(model: Mapping[str, Any], name: str) -> Graph:
+def graph_of(model: Mapping[str, Any]) -> Graph:
     """The layers and calls of a Sequential or Functional model's config.
 
     Raises:
@@ -55,17 +55,17 @@ def graph_of(model: Mapping[str, Any], name: str) -> Graph:
     kind, config = model.get("class_name"), model.get("config")
     entries = config.get("layers") if isinstance(config, Mapping) else None
     if not isinstance(config, Mapping) or not isinstance(entries, list) or not entries:
-        raise FormatError(f"{name}: its {kind} has no list of layers; only Sequential and "
+        raise FormatError(f"its {kind} has no list of layers; only Sequential and "
                           "Functional models say what they are made of")  # fmt: skip
     try:
         layers = {_name(entry): (_kind(entry), dict(entry["config"])) for entry in entries}
         if len(layers) < len(entries):
-            raise FormatError(f"{name}: two layers have the same name")
+            raise FormatError("two of its layers have the same name")
         if kind == "Sequential":
             return _chain(layers, config)
         if kind not in ("Functional", "Model"):
             raise FormatError(
-                f"{name}: a {kind} is a class of somebody's own, which the file does not hold; "
+                f"a {kind} is a class of somebody's own, which the file does not hold; "
                 "build it as a Functional model"
             )
         calls = {call.value: call for entry in entries for call in _calls(entry)}
@@ -74,10 +74,10 @@ def graph_of(model: Mapping[str, Any], name: str) -> Graph:
     except FormatError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise FormatError(f"{name}: its config cannot be understood ({error!r})") from error
+        raise FormatError(f"its config cannot be understood ({error!r})") from error
     for value in inputs:
         calls[value] = Call(value, ())
-    return Graph(layers, tuple(_sorted(calls, name)), inputs, outputs)
+    return Graph(layers, tuple(_sorted(calls)), inputs, outputs)
 
 
 def _kind(entry: Mapping[str, Any]) -> str:
@@ -157,14 +157,14 @@ def _ends(given: Any) -> Iterator[Value]:
         yield str(layer), int(number)
 
 
-def _sorted(calls: dict[Value, Call], name: str) -> Iterator[Call]:
+def _sorted(calls: dict[Value, Call]) -> Iterator[Call]:
     """The calls, each behind its sources."""
     done: set[Value] = set()
     waiting = list(calls.values())
     while waiting:
         ready = [call for call in waiting if done.issuperset(call.sources)]
         if not ready:
-            raise FormatError(f"{name}: '{waiting[0].value[0]}' waits for what nothing gives")
+            raise FormatError(f"'{waiting[0].value[0]}' waits for what nothing gives")
         yield from ready
         done.update(call.value for call in ready)
         waiting = [call for call in waiting if call.value not in done]

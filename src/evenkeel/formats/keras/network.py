@@ -117,8 +117,8 @@ def load(path: str | os.PathLike[str]) -> Network:
         ConfigError: h5py is not installed.
     """
     saved = read(Path(path))
-    graph = graph_of(saved.config, saved.name)
     try:
+        graph = graph_of(saved.config)
         first = _channels_first(saved.config)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             network = Network(graph, saved.weights, first=first, old=saved.is_old)
@@ -140,7 +140,7 @@ def _built(
 ) -> tuple[nn.Module, Shape]:
     """One layer's module, or that of a model among the layers."""
     if kind in ("Sequential", "Functional", "Model"):
-        inner = graph_of({"class_name": kind, "config": config}, path[-1])
+        inner = graph_of({"class_name": kind, "config": config})
         if weights.get(path):
             raise FormatError(
                 f"the model '{path[-1]}' is among the layers of an .h5 file, whose weights do not "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -35,7 +36,7 @@ def set_numbers(layer: Any, weight: Tensor, bias: Tensor | None) -> None:
 
 def behind(place: Place, module: nn.Module, shape: Shape) -> Built:
     """A layer with the activation that its config names."""
-    after = Place(place.name, place.kind, place.config, [shape], place.first, [], place.old)
+    after = replace(place, given=[shape], arrays=[])
     activation = activation_of(after, place.config.get("activation"))
     return chain(layer=module, activation=activation), shape
 
